@@ -1,0 +1,198 @@
+"""New weights into an ONNX file that exists, by name: no tracing, no exporter, the same graph.
+
+The file may come from anyone and may be of any size, so it is read as :func:`fxparam.exporters.files.read_model` reads,
+everything is checked before anything is written, and the result replaces the file whole or not at all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from fxparam.errors import ExportError
+from fxparam.exporters import files
+from fxparam.exporters.onnx import TIED, UNUSED
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@final
+@dataclass(frozen=True)
+class RefitReport:
+    """What was replaced. ``print`` gives a short summary.
+
+    Attributes:
+        path: the file.
+        data: the file beside it with the weights, if they are not inside.
+        replaced: initializers that have a new value, in the order of the file.
+        unchanged: initializers whose given value is the one they had.
+        kept: initializers that were not given.
+        ignored: given names that the exported model does not use (the file says so), such as a batch norm's step
+            counter.
+        bytes: the size of both files.
+    """
+
+    path: Path
+    data: Path | None
+    replaced: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    kept: tuple[str, ...]
+    ignored: tuple[str, ...]
+    bytes: int
+
+    def __str__(self) -> str:
+        counts = {"replaced": self.replaced, "unchanged": self.unchanged, "kept": self.kept, "ignored": self.ignored}
+        return f"{self.path}: " + ", ".join(f"{len(v)} {k}" for k, v in counts.items()) + f", {self.bytes:,} bytes"
+
+
+def refit_onnx(
+    path: str | os.PathLike[str],
+    weights: Mapping[str, Tensor],
+    *,
+    check: Callable[[Path], Any] | None = None,
+) -> RefitReport:
+    """Replace initializers of the ONNX file at ``path`` by name.
+
+    Args:
+        path: the file; its external data, if any, are rewritten too.
+        weights: dotted name -> tensor of the initializer's shape and dtype. Names of tied weights may all be given,
+            with one value; names that the exporter recorded as unused are ignored.
+        check: called with the complete new file under a temporary name before it replaces the old one; what it raises
+            stops the refit. ``functools.partial(check_parity, reference=..., args=...)`` compares with a model.
+
+    Raises:
+        ExportError: names that the file does not have, other shapes or dtypes, tied names with different values (all of
+            them in one message); a corrupt file; data outside of its folder; an error in writing. The file is
+            unchanged.
+        MissingExtraError: an optional package is not installed.
+    """
+    files.need("onnx", "onnx_ir", purpose="to refit ONNX files")
+    target = files.writable(path)
+    model = files.read_model(target)
+    initializers = model.graph.initializers
+    values, ignored = _resolve(target, model, weights)
+    external = _is_external(model)
+    replaced = [name for name in initializers if name in values and not _equal(initializers[name], values[name])]
+    for name in replaced:
+        initializers[name].const_value = _as_ir(values[name], name)
+    unchanged = tuple(name for name in initializers if name in values and name not in replaced)
+    kept = tuple(name for name in initializers if name not in values)
+    if replaced:
+        _, data = files.write_model(model, target, external=external, check=lambda file: _check(file, check))
+    else:
+        _check(target, check)
+        data = next(iter(files.own_data(target)), None)
+    size = sum(file.stat().st_size for file in (target, data) if file)
+    return RefitReport(Path(path), data, tuple(replaced), unchanged, kept, tuple(ignored), size)
+
+
+def _check(file: Path, check: Callable[[Path], Any] | None) -> None:
+    import onnx
+
+    onnx.checker.check_model(os.fspath(file))
+    if check is not None:
+        check(file)
+
+
+def _resolve(path: Path, model: ir.Model, weights: Mapping[str, object]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensor for each initializer that gets one, and the names that are known to be unused.
+
+    Raises:
+        ExportError: with every problem there is, so that one run shows them all.
+    """
+    initializers = model.graph.initializers
+    tied, unused = _recorded(path, model)
+    values: dict[str, Tensor] = {}
+    given_as: dict[str, str] = {}
+    problems: list[str] = []
+    for name, tensor in weights.items():
+        own = name if name in initializers else tied.get(name, name)
+        if own not in initializers:
+            if name not in unused:
+                problems.append(_unknown(name, [*initializers, *tied]))
+        elif not isinstance(tensor, Tensor):
+            problems.append(f"{name}: got {type(tensor).__name__}, expected a tensor")
+        elif problem := _misfit(name, initializers[own], tensor):
+            problems.append(problem)
+        elif own in values and not _same(values[own], tensor):
+            problems.append(f"{name} and {given_as[own]} are one tied weight in the file ({own}) and got different values")
+        else:
+            values[own], given_as[own] = tensor, name
+    if problems:
+        raise ExportError(
+            f"cannot refit {path}; it is unchanged:\n" + "\n".join(f"  {p}" for p in problems) + "\n"
+            "Give the weights of the exported model under its own names, or export it again"
+        )
+    return values, [name for name in weights if name in unused and name not in initializers]
+
+
+def _recorded(path: Path, model: ir.Model) -> tuple[dict[str, str], list[str]]:
+    """What the exporter wrote about names that are no initializers; nothing for files of other exporters."""
+    texts = (model.metadata_props.get(TIED, "{}"), model.metadata_props.get(UNUSED, "[]"))
+    try:
+        tied, unused = map(json.loads, texts)
+    except json.JSONDecodeError as error:
+        raise ExportError(f"{path} has metadata {TIED} or {UNUSED} that are no JSON ({error}); export it again") from error
+    if not isinstance(tied, dict) or not isinstance(unused, list):
+        raise ExportError(f"{path} has metadata {TIED} = {texts[0]}, {UNUSED} = {texts[1]}; expected an object and a list")
+    return {str(k): str(v) for k, v in tied.items()}, [str(name) for name in unused]
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"{name}: no such initializer" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def _misfit(name: str, value: ir.Value, tensor: Tensor) -> str | None:
+    from onnx_ir import tensor_adapters
+
+    stored = value.const_value
+    assert stored is not None
+    tensor = _real(tensor)
+    got, expected = tuple(tensor.shape), tuple(stored.shape.numpy())
+    if got != expected:
+        return f"{name}: got shape {got}, expected {expected}"
+    try:
+        dtype = tensor_adapters.from_torch_dtype(tensor.dtype)
+    except TypeError:
+        return f"{name}: {tensor.dtype} has no ONNX form, expected {stored.dtype.name}"
+    if dtype != stored.dtype:
+        return f"{name}: got dtype {dtype.name}, expected {stored.dtype.name}"
+    return None
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex numbers as the exporter stores them, pairs of reals."""
+    tensor = tensor.detach().resolve_conj()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _as_ir(tensor: Tensor, name: str) -> ir.TensorProtocol:
+    from onnx_ir import tensor_adapters
+
+    return tensor_adapters.TorchTensor(_real(tensor).cpu().contiguous(), name)
+
+
+def _equal(value: ir.Value, tensor: Tensor) -> bool:
+    """Whether the stored bytes are those of ``tensor`` (so that NaN and -0.0 count as what they are)."""
+    assert value.const_value is not None
+    return value.const_value.tobytes() == _as_ir(tensor, "").tobytes()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return files.same_view(a) == files.same_view(b) or _as_ir(a, "").tobytes() == _as_ir(b, "").tobytes()
+
+
+def _is_external(model: ir.Model) -> bool:
+    import onnx_ir as ir
+
+    return any(isinstance(v.const_value, ir.ExternalTensor) for g in model.graphs() for v in g.initializers.values())

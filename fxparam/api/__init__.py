@@ -1,0 +1,1 @@
+"""What users call: transform, fold, restore, export."""

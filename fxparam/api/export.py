@@ -1,0 +1,167 @@
+"""From a model in training to a file in production, and new weights into that file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fxparam.api.fold import exported_program, graph_module, plain_model
+from fxparam.errors import ExportError, TraceError
+from fxparam.graphdiff import GraphDiff, Model
+from fxparam.graphdiff import diff as structural_diff
+from fxparam.passes.fold import Fold
+from fxparam.program import Program, run
+from fxparam.runtime.module import ParametrizedModule
+from fxparam.spec.names import named_tensors
+from fxparam.tracer.exporting import export_program
+from fxparam.tracer.symbolic import trace_body
+
+if TYPE_CHECKING:
+    from fxparam.exporters.onnx import OnnxReport
+    from fxparam.exporters.refit import RefitReport
+
+
+def export_onnx(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    arithmetic: bool = True,
+    opset: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    verify: int = 2,
+    seed: int = 0,
+    external_data: bool | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> OnnxReport:
+    """Fold a model, write it as ONNX, and check the file against the model in ONNX Runtime before it replaces the old one.
+
+    Args:
+        model: what ``transform`` returned, or any module. It is not changed and exported in eval mode.
+        args: positional inputs to export and check with.
+        path: the file to write.
+        kwargs: keyword inputs.
+        dynamic_shapes: as for ``torch.export.export``: which sizes of which inputs vary.
+        arithmetic: whether weight arithmetic in the model's own forward becomes constants too.
+        opset: the ONNX operator set, 18 to 24; default: the exporter's.
+        input_names: names of the inputs in the file.
+        output_names: names of the outputs in the file.
+        verify: how many random inputs to check besides the given ones; 0 checks nothing.
+        seed: of the random inputs.
+        external_data: keep the weights in a second file; default: from 1.5 GiB on.
+        metadata: entries for the file's metadata.
+
+    Returns:
+        What was written, and how far the file's outputs are from the model's.
+
+    Raises:
+        ExportError: the model cannot be expressed in ONNX, or the file does not reproduce it. The old file is untouched.
+        MissingExtraError: the packages for ONNX are not installed.
+    """
+    from fxparam.exporters.onnx import export_program as write
+
+    plain = plain_model(model)
+    return write(
+        folded_export(plain, args, kwargs, dynamic_shapes=dynamic_shapes, arithmetic=arithmetic),
+        path,
+        reference=plain,
+        args=args,
+        kwargs=kwargs,
+        opset=opset,
+        input_names=input_names,
+        output_names=output_names,
+        verify=verify,
+        seed=seed,
+        external_data=external_data,
+        metadata=metadata,
+    )
+
+
+def refit_onnx(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    args: tuple[Any, ...] | None = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+) -> RefitReport:
+    """Write the model's present weights into the initializers of an exported file, without exporting again.
+
+    Args:
+        path: a file that :func:`export_onnx` wrote.
+        model: the model it was written from, with other weights.
+        args: inputs of the model; only needed if the file holds folded weight arithmetic of the model's own.
+        kwargs: keyword inputs.
+
+    Raises:
+        ExportError: names, shapes or dtypes differ (all differences in one message), or the file is corrupt. It is untouched.
+        MissingExtraError: the packages for ONNX are not installed.
+    """
+    from fxparam.exporters.refit import refit_onnx as write
+
+    plain = plain_model(model)
+    values: dict[str, Tensor] = dict(plain.state_dict())
+    given = args if args is not None else getattr(model, "_fxp_example_inputs", None)
+    if given is not None:
+        program = run(exported_program(plain, export_program(plain, given, kwargs)), (_FOLD,))
+        values |= {name: tensor for name, tensor in program.tensors.items() if name.startswith("hoisted.")}
+        used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+        if any(name.startswith("hoisted.") for name in used):
+            # What only fed the folded arithmetic is not in the file.
+            values = {name: tensor for name, tensor in values.items() if name in used}
+    return write(path, values)
+
+
+def diff(a: Model, b: Model, *, values: bool = False) -> GraphDiff:
+    """The structural difference of two models; empty if their graphs are isomorphic.
+
+    Operators, attributes, argument order, names of parameters, shapes and dtypes count; names of temporaries do not.
+
+    Args:
+        a: a ``GraphModule``, a module (traced without inputs), an ``ExportedProgram``, an ONNX model or a path.
+        b: the same.
+        values: whether tensors have to be equal bit for bit as well.
+
+    Raises:
+        TraceError: a module cannot be traced without inputs; export it first and pass the ``ExportedProgram``.
+        GraphDiffError: the two kinds cannot be compared.
+    """
+    return structural_diff(a, b, values=values, trace=_traced)
+
+
+_FOLD = Fold(views=False, constants=False)
+
+
+def folded_export(
+    plain: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    arithmetic: bool = True,
+) -> ExportedProgram:
+    """A plain model exported once, and again only if weight arithmetic was left to fold."""
+    try:
+        exported = export_program(plain, args, kwargs, dynamic_shapes=dynamic_shapes)
+        if not arithmetic:
+            return exported
+        program = exported_program(plain, exported)
+        folded = run(program, (_FOLD,))
+        if folded is program:
+            return exported
+        return export_program(graph_module(plain, folded), args, kwargs, dynamic_shapes=dynamic_shapes)
+    except TraceError as error:
+        raise ExportError(f"{error}. No file was changed") from error
+
+
+def _traced(module: nn.Module) -> Any:
+    plain = plain_model(module) if isinstance(module, ParametrizedModule) else module
+    traced = trace_body(plain, {})
+    tensors = {name: row.tensor for row in named_tensors(plain) for name in row.aliases} | dict(traced.tensors)
+    return graph_module(plain, Program(traced.graph, tensors, traced.modules))

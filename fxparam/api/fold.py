@@ -1,0 +1,118 @@
+"""``fold``: the plain model as a graph, with everything that only depends on parameters computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from fxparam.api.restore import restore
+from fxparam.api.transform import transform
+from fxparam.errors import TraceError
+from fxparam.passes.fold import Fold
+from fxparam.program import Program, run
+from fxparam.runtime.module import ParametrizedModule
+from fxparam.spec.names import named_tensors, split
+from fxparam.tracer.exporting import export_program
+from fxparam.tracer.symbolic import trace_body
+
+
+def fold(
+    model: nn.Module,
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    arithmetic: bool = True,
+) -> fx.GraphModule:
+    """The plain model in eval mode: weights are parameters without gradient under their dotted names, no latents are left.
+
+    Args:
+        model: what ``transform`` returned, or any module (its parametrizations and its weight arithmetic are folded). It is
+            not changed.
+        example_inputs: inputs of the model, needed where symbolic tracing is not exact. Default: those given to ``transform``.
+        compute_dtype: compute the weights in this dtype and round once.
+        arithmetic: whether weight arithmetic in the model's own forward is folded as well.
+
+    Returns:
+        A graph module whose parameters share no memory with the model's.
+
+    Raises:
+        TraceError: a graph needs example inputs (the message says why), or the model cannot be exported on them.
+    """
+    plain = plain_model(model, compute_dtype)
+    inputs = example_inputs if example_inputs is not None else getattr(model, "_fxp_example_inputs", None)
+    return fold_plain(plain, inputs, compute_dtype=compute_dtype, arithmetic=arithmetic)
+
+
+def plain_model(model: nn.Module, compute_dtype: torch.dtype | None = None) -> nn.Module:
+    """The model in its own classes, in eval mode, with plain parameters that do not train; a copy."""
+    parametrized = model if isinstance(model, ParametrizedModule) else transform(model, trace="live")
+    return restore(parametrized, compute_dtype=compute_dtype).eval().requires_grad_(False)
+
+
+def fold_plain(
+    plain: nn.Module,
+    inputs: tuple[Any, ...] | None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    arithmetic: bool = True,
+) -> fx.GraphModule:
+    """Fold a model without computed weights; see :func:`fold`."""
+    try:
+        traced = trace_body(plain, {})
+    except TraceError as error:
+        if inputs is None:
+            raise TraceError(
+                f"the model cannot be traced without inputs: {error}; type fxp.fold(model, example_inputs=(x, ...))"
+            ) from error
+        return _exported(plain, inputs, compute_dtype, arithmetic)
+    tensors = {name: row.tensor for row in named_tensors(plain) for name in row.aliases} | dict(traced.tensors)
+    program = Program(traced.graph, tensors, traced.modules)
+    if arithmetic:
+        program = run(program, (Fold(compute_dtype),))
+    return graph_module(plain, program)
+
+
+def _exported(plain: nn.Module, inputs: tuple[Any, ...], compute_dtype: torch.dtype | None, arithmetic: bool) -> fx.GraphModule:
+    program = exported_program(plain, export_program(plain, inputs))
+    if arithmetic:
+        program = run(program, (Fold(compute_dtype),))
+    return graph_module(plain, program)
+
+
+def exported_program(plain: nn.Module, exported: ExportedProgram) -> Program:
+    """An exported model as a program."""
+    module: Any = exported.module(check_guards=False)
+    tensors = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    targets = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    tensors |= {name: attrgetter(name)(module) for name in targets if name not in tensors}
+    return Program(module.graph, tensors, dict(module.named_modules()))
+
+
+def graph_module(root: nn.Module, program: Program) -> fx.GraphModule:
+    """A module with just what the graph of ``program`` names, under these names."""
+    attributes: dict[str, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_module":
+            attributes[str(node.target)] = program.modules[str(node.target)]
+        elif node.op == "get_attr":
+            attributes[str(node.target)] = _parameter(program.tensors, str(node.target))
+    # Parents first: a module must exist before a tensor is set below it.
+    ordered = dict(sorted(attributes.items(), key=lambda item: (item[0].count("."), not isinstance(item[1], nn.Module))))
+    folded = fx.GraphModule(ordered, program.graph, type(root).__name__)
+    folded.training = root.training
+    return folded
+
+
+def _parameter(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    tensor = tensors[name]
+    if isinstance(tensor, nn.Parameter) or split(name)[0] == "constants" or not tensor.is_floating_point():
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False) if split(name)[0] == "hoisted" else tensor

@@ -1,0 +1,205 @@
+"""``transform``: from a model and a spec to a :class:`~fxparam.runtime.module.ParametrizedModule`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxparam.declaration import Declaration, Existing
+from fxparam.errors import SpecError
+from fxparam.program import Site
+from fxparam.runtime.module import ParametrizedModule
+from fxparam.runtime.optimizers import repoint, watch_replaced
+from fxparam.runtime.plan import present_values
+from fxparam.spec.names import PARAMETRIZATIONS, NamedTensor, join, named_tensors, split
+from fxparam.spec.resolve import Task, home_of, latent_owner, resolve
+from fxparam.spec.spec import Spec
+from fxparam.tracer.adoption import Adopted
+from fxparam.tracer.building import adopted_site, build_site
+from fxparam.tracer.copying import structural_copy
+from fxparam.tracer.delivery import Binding, install
+from fxparam.tracer.site import SiteModule, Sites
+
+TRACES = ("auto", "live", "symbolic")
+
+
+def transform(
+    model: nn.Module,
+    spec: Spec | Mapping[Any, Any] | None = None,
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    adopt: bool = True,
+    copy: bool = False,
+    optimizer: Optimizer | None = None,
+    trace: str = "auto",
+) -> ParametrizedModule:
+    """Compute the declared weights of a model once per optimizer step.
+
+    Args:
+        model: any module. It is not changed; parameters that no rule touches, and buffers, are shared with it.
+        spec: what to compute, and how: a :class:`Spec` or a mapping that becomes one. Without it only what the model already
+            computes is taken over, and its weight arithmetic hoisted.
+        example_inputs: inputs of the model, for the exporters and ``fold``.
+        adopt: also take over ``torch.nn.utils.parametrize``, the legacy ``weight_norm`` and ``spectral_norm``, and pruning.
+        copy: share no tensor with the given model.
+        optimizer: an optimizer of the given model's parameters, pointed at the latents instead.
+        trace: ``"auto"``: a graph of the body where symbolic tracing is exact, else live Python; ``"live"``: never a graph;
+            ``"symbolic"``: a graph, or an error that says why not.
+
+    Raises:
+        SpecError: the spec does not fit the model.
+        AdoptionError: what the model already computes cannot be taken over.
+        TraceError: ``trace="symbolic"``, and the model cannot be traced exactly.
+    """
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"got {type(model).__name__}, expected an nn.Module")
+    if isinstance(model, ParametrizedModule):
+        raise SpecError("the model is transformed already; give all rules to one transform, or start from fxp.restore(model)")
+    if trace not in TRACES:
+        raise SpecError(f"got trace={trace!r}, expected one of {', '.join(map(repr, TRACES))}")
+    copied = structural_copy(model, adopt=adopt, copy_tensors=copy)
+    builder = _Builder(copied.root, spec if isinstance(spec, Spec) else Spec(spec), copied.adopted)
+    sites = builder.build()
+    result = ParametrizedModule(
+        copied.root,
+        sites,
+        trace=trace != "live",
+        why_live='transform(..., trace="live") asked for it' if trace == "live" else "",
+        legacy=builder.legacy,
+        example_inputs=example_inputs,
+    )
+    if trace == "symbolic":
+        _ = result.graph
+    replaced = builder.replaced
+    if optimizer is not None:
+        repoint(optimizer, replaced)
+    watch_replaced(result, replaced)
+    return result
+
+
+class _Builder:
+    """Turns the tasks of a spec, and what was adopted, into sites on the live tree."""
+
+    def __init__(self, root: nn.Module, spec: Spec, adopted: Sequence[Adopted]) -> None:
+        self.root, self.spec = root, spec
+        self.paths = {id(module): path for path, module in reversed(list(root.named_modules(remove_duplicate=False)))}
+        self.adopted = {(id(one.owner), one.tensor_name): one for one in adopted}
+        self.computed = {key: self._present(one) for key, one in self.adopted.items()}
+        self.rows = named_tensors(root, self.computed)
+        self.row_of = {alias: row for row in self.rows for alias in row.aliases}
+        self.legacy: dict[str, str] = {}
+        self.replaced: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        self.values: dict[str, Tensor] = {}
+        self.sites: list[Site] = []
+        self.bindings: dict[int, tuple[nn.Module, Binding]] = {}
+
+    def build(self) -> tuple[Site, ...]:
+        """Build and install every site; returns them, each after those it reads."""
+        tasks = resolve(self.spec, self.rows)
+        extended = {row.name for task in tasks for row in task.rows}
+        for (owner, local), one in self.adopted.items():
+            name = join(self.paths[owner], local)
+            row = self.row_of[name]
+            self.legacy |= {join(self.paths[owner], old): join(self.paths[owner], new) for old, new in one.legacy_names.items()}
+            if row.name not in extended:
+                self._add((row,), adopted_site(one), "adopted", one.origin, "as it was", ())
+        for number, task in enumerate(tasks):
+            self._build(task, number)
+        for owner, binding in self.bindings.values():
+            install(owner, binding)
+        return tuple(self.sites)
+
+    def _build(self, task: Task, number: int) -> None:
+        reads = tuple(self._canonical(target) for target in task.reads)
+        one = next((self.adopted[key] for row in task.rows for key in self._keys(row) if key in self.adopted), None)
+        module, start = build_site(task, [self._value(name) for name in reads], one)
+        declared = " >> ".join(map(_text, task.steps))
+        self._add(task.rows, module, declared, "spec", start, reads, joint=number if task.joint else None)
+        if one is None:
+            self.replaced += [(row.tensor, module.latents) for row in task.rows if isinstance(row.tensor, nn.Parameter)]
+
+    def _add(
+        self,
+        rows: Sequence[NamedTensor],
+        module: SiteModule,
+        declared: str,
+        origin: str,
+        start: str,
+        reads: tuple[str, ...],
+        joint: int | None = None,
+    ) -> None:
+        path, local = ("", f"joint{joint}") if joint is not None else split(rows[0].name)
+        home = home_of(path, local)
+        module.train(self.root.training)
+        values = present_values(module, [self._value(name) for name in reads])
+        for row, value in zip(rows, values, strict=True):
+            self.values |= dict.fromkeys(row.aliases, value)
+            for owner, name in row.places:
+                self._bind(owner, name, row, home if joint is None and not reads else None, rows[0])
+        owner = self.root.get_submodule(path)
+        holder = owner._modules.setdefault(PARAMETRIZATIONS, Sites())
+        if not isinstance(holder, Sites):
+            raise SpecError(
+                f"{path or 'the model'} has a child named {PARAMETRIZATIONS!r}, where its computed weights would live; "
+                "rename it"
+            )
+        holder.add_module(local, module)
+        self.sites.append(
+            Site(
+                names=tuple(row.name for row in rows),
+                aliases=tuple(row.aliases for row in rows),
+                home=home,
+                latents=tuple(join(home, name) for name in module.latent_names),
+                reads=reads,
+                declaration=declared,
+                origin=origin,
+                start=start,
+            )
+        )
+
+    def _bind(self, owner: nn.Module, local: str, row: NamedTensor, home: str | None, first: NamedTensor) -> None:
+        if id(owner) not in self.bindings:
+            order = {"parameters": tuple(owner._parameters), "buffers": tuple(owner._buffers)}
+            self.bindings[id(owner)] = (owner, Binding({}, {}, order))
+        binding = self.bindings[id(owner)][1]
+        binding.names[local] = row.name
+        path, site_local = split(row.name)
+        if home is not None and self.root.get_submodule(path) is owner:
+            binding.homes[local] = (site_local, 0)
+
+    def _keys(self, row: NamedTensor) -> list[tuple[int, str]]:
+        return [(id(owner), local) for owner, local in row.places]
+
+    def _canonical(self, target: str) -> str:
+        """The first name of a weight, or the full name of a latent (``"x.original"`` -> ``"x's home.original"``)."""
+        if target in self.row_of:
+            return self.row_of[target].name
+        weight = self.row_of[latent_owner(target, self.row_of) or ""].name
+        site = next((site for site in self.sites if weight in site.names), None)
+        _, local = split(target)
+        if site is None or join(site.home, local) not in site.latents:
+            raise SpecError(f"ref({target!r}): {weight} has no latent {local!r}")
+        return join(site.home, local)
+
+    def _value(self, name: str) -> Tensor:
+        if name in self.values:
+            return self.values[name]
+        if name in self.row_of:
+            return self.row_of[name].tensor.detach()
+        path, local = split(name)
+        return getattr(self.root.get_submodule(path), local).detach()
+
+    @torch.no_grad()
+    def _present(self, one: Adopted) -> Tensor:
+        like = one.originals[0]
+        value = present_values(adopted_site(one), ())[0]
+        # Two adopted weights are tied if their latents are: the value stands for identity here.
+        return nn.Parameter(value, requires_grad=like.requires_grad) if not one.is_buffer else value
+
+
+def _text(step: Declaration) -> str:
+    return "existing" if isinstance(step, Existing) else repr(step)

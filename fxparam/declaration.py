@@ -1,0 +1,163 @@
+"""What a rule says about a weight: the base classes of everything that can stand on the right of a spec.
+
+A *declaration* is an immutable description; :meth:`Entry.build` turns a catalogue entry into an ``nn.Module`` for one
+concrete weight. That module follows the protocol of ``torch.nn.utils.parametrize``: ``forward(*latents) -> weight`` and, if
+there is one, ``right_inverse(weight) -> latents``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from fxparam.errors import ImageError, SpecError
+
+Latents = Tensor | tuple[Tensor, ...]
+
+
+class Parametrization(nn.Module, ABC):
+    """A differentiable map from latents to one weight, as the catalogue writes them.
+
+    Any ``nn.Module`` with ``forward`` and, optionally, ``right_inverse`` works in a spec; this class adds what the catalogue
+    promises on top: :meth:`contains`, :meth:`project` and :meth:`sample`.
+    """
+
+    @abstractmethod
+    def forward(self, *latents: Tensor) -> Tensor:
+        """The weight that these latents produce."""
+
+    @abstractmethod
+    def contains(self, weight: Tensor, tol: float | None = None) -> bool:
+        """Whether ``weight`` is in the image of ``forward``, up to ``tol`` (default: derived from the dtype and size)."""
+
+    def right_inverse(self, weight: Tensor) -> Latents:
+        """Latents with ``forward(latents) == weight``.
+
+        Raises:
+            ImageError: ``weight`` is not in the image (the message says by how far), or the map has no right inverse.
+        """
+        raise ImageError(f"{type(self).__name__} has no right inverse; give the start with fxp.custom(..., init=...)")
+
+    def project(self, weight: Tensor) -> Tensor:
+        """A weight in the image, near ``weight``: the documented start for a weight that is not in the image."""
+        raise ImageError(f"{type(self).__name__} has no projection onto its image")
+
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """A random weight in the image, from the distribution the class documents."""
+        raise ImageError(f"{type(self).__name__} has no distribution to sample from")
+
+
+class Declaration(ABC):
+    """Anything that can stand on the right of a rule. ``a >> b`` applies ``a`` first."""
+
+    def __rshift__(self, other: object) -> Chain:
+        return Chain((*steps_of(self), *steps_of(declaration(other))))
+
+    def __rrshift__(self, other: object) -> Chain:
+        return Chain((*steps_of(declaration(other)), *steps_of(self)))
+
+
+class Entry(Declaration):
+    """A catalogue entry: a frozen dataclass whose fields are its options, built anew for each weight."""
+
+    name: ClassVar[str]
+    """The name in ``fxp.<name>`` and in spec files."""
+
+    @abstractmethod
+    def build(self, weight: Tensor) -> nn.Module:
+        """A parametrization for a weight like ``weight`` (its shape, dtype and device; values only where documented).
+
+        Raises:
+            SpecError: the options do not fit this shape or dtype.
+        """
+
+    def options(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"
+
+
+@final
+@dataclass(frozen=True)
+class Chain(Declaration):
+    """Declarations applied one after the other, the first of them to the latents."""
+
+    steps: tuple[Declaration, ...]
+
+    def __repr__(self) -> str:
+        return " >> ".join(map(repr, self.steps))
+
+
+@final
+@dataclass(frozen=True)
+class Ref(Declaration):
+    """The final values of other weights (``"encoder.weight"``) or their latents (``"encoder.weight.original"``).
+
+    They are handed to the next step of the chain, in this order.
+    """
+
+    targets: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"ref({', '.join(map(repr, self.targets))})"
+
+
+@final
+@dataclass(frozen=True)
+class Existing(Declaration):
+    """The parametrization a weight already has: ``existing() >> mask(...)`` extends it."""
+
+    def __repr__(self) -> str:
+        return "existing()"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Custom(Declaration):
+    """A user's own map: a module (used as it is), a factory ``tensor -> nn.Module``, or a plain function of the latents.
+
+    Args:
+        map: the module, factory or function.
+        init: the start of the latents: a tensor, a tuple of tensors (one for each latent), or a function of the weight that
+            returns either. Needed where the map changes shape or dtype and has no right inverse.
+        right_inverse: for a plain function, the function from weight to latents.
+    """
+
+    map: Callable[..., Any]
+    init: Tensor | tuple[Tensor, ...] | Callable[[Tensor], Latents] | None = None
+    right_inverse: Callable[[Tensor], Latents] | None = None
+
+    def __repr__(self) -> str:
+        inner = getattr(self.map, "__name__", None) or type(self.map).__name__
+        return f"custom({inner}{', init=...' if self.init is not None else ''})"
+
+
+def declaration(value: object) -> Declaration:
+    """``value`` as a declaration: declarations are returned as they are, modules and callables become :class:`Custom`.
+
+    Raises:
+        SpecError: ``value`` is none of the forms a spec accepts.
+    """
+    if isinstance(value, Declaration):
+        return value
+    if isinstance(value, type) and issubclass(value, Entry):
+        raise SpecError(f"got the catalogue entry {value.name} without its call; type fxp.{value.name}(...)")
+    if callable(value):
+        return Custom(value)
+    raise SpecError(
+        f"got {value!r} ({type(value).__name__}) as a declaration; expected a catalogue entry such as fxp.orthogonal(), "
+        "an nn.Module with forward(latent), a factory weight -> nn.Module, a function of the latent, fxp.ref(name), "
+        "or a chain of these with >>"
+    )
+
+
+def steps_of(value: Declaration) -> tuple[Declaration, ...]:
+    """The steps of a declaration: those of a chain, or the declaration itself."""
+    return value.steps if isinstance(value, Chain) else (value,)

@@ -1,0 +1,203 @@
+"""The autograd bridge between latents and weights.
+
+One *entry* holds the weights of one refresh with a private graph  latents -> weights  that no user code sees. Two autograd
+functions carry gradients over it:
+
+    latents --Refresh--> weights of the entry --Lease--> weights of one forward --> the user's graph
+
+``Refresh`` is one node for each connected component of the prologue and lives as long as its entry is current; its backward
+runs the private graph, once per backward pass however many forwards that pass covers. ``Lease`` is a fresh node for each
+root forward; it behaves, errors included, like the graph plain PyTorch would have built there: a second backward without
+``retain_graph`` is refused, and what it held is released.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+_AGAIN = (
+    "Trying to backward through the graph a second time (or directly access saved tensors after they have already been "
+    "freed). Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). Specify "
+    "retain_graph=True if you need to backward through the graph a second time or if you need to access saved tensors "
+    "after calling backward."
+)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A connected part of the prologue: no other part shares a source or a value with it.
+
+    Attributes:
+        sources: positions of the tensors it reads.
+        values: positions of the values it yields.
+    """
+
+    sources: tuple[int, ...]
+    values: tuple[int, ...]
+
+
+class PrivateGraph:
+    """The values of one refresh and the graph behind them.
+
+    Args:
+        values: what the prologue yielded, with its private graph.
+        edges: for each source, where its gradient arrives; None for sources without gradient.
+        on_backward: called with the positions of the sources that received a gradient.
+    """
+
+    def __init__(
+        self,
+        values: Sequence[Tensor],
+        edges: Sequence[GradientEdge | None],
+        on_backward: Callable[[Sequence[int]], None],
+    ) -> None:
+        self.values: Sequence[Tensor] | None = values
+        self.edges = edges
+        self.on_backward = on_backward
+        self.current = True
+        self._leases = 0
+        self._consumed: dict[int, int] = {}
+
+    def leased(self) -> None:
+        """One more forward uses the graph."""
+        self._leases += 1
+
+    def consumed(self) -> None:
+        """A backward pass went through a forward's lease and keeps no graph."""
+        task = torch._C._current_graph_task_id()
+        self._consumed[task] = self._consumed.get(task, 0) + 1
+
+    def backward(self, component: Component, gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of the component's sources from gradients of its values.
+
+        Raises:
+            RuntimeError: all forwards that used this graph had their backward, and it was released.
+        """
+        if self.values is None:
+            raise RuntimeError(_AGAIN)
+        pairs = [
+            (self.values[at], gradient)
+            for at, gradient in zip(component.values, gradients, strict=True)
+            if gradient is not None and self.values[at].requires_grad
+        ]
+        edges = [self.edges[at] for at, need in zip(component.sources, needed, strict=True) if need]
+        if not pairs or not edges:
+            self._settle()
+            return [None] * len(needed)
+        found = iter(
+            torch.autograd.grad(
+                [value for value, _ in pairs],
+                edges,  # type: ignore[arg-type]
+                [gradient for _, gradient in pairs],
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        )
+        result = [next(found) if need else None for need in needed]
+        self.on_backward([at for at, gradient in zip(component.sources, result, strict=True) if gradient is not None])
+        self._settle()
+        return result
+
+    def retire(self) -> None:
+        """The entry is no longer current: release the graph as soon as no forward is left that may need it."""
+        self.current = False
+
+    def _settle(self) -> None:
+        # Kept losses keep their Lease nodes, and through these this object; they must not keep the weights as well.
+        self._leases -= self._consumed.pop(torch._C._current_graph_task_id(), 0)
+        if not self.current and self._leases <= 0:
+            self.values = None
+
+
+class Refresh(torch.autograd.Function):
+    """latents -> the weights of an entry. Arguments: the graph, the component, the component's sources."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: PrivateGraph, component: Component, *sources: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Aliases of the values that share their version counters."""
+        assert graph.values is not None
+        ctx.graph, ctx.component = graph, component
+        ctx.set_materialize_grads(False)
+        own = [graph.values[at] for at in component.values]
+        aliases = tuple(value.detach() for value in own)
+        ctx.mark_non_differentiable(*(alias for alias, value in zip(aliases, own, strict=True) if not value.requires_grad))
+        return aliases
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        """Runs the private graph."""
+        return (None, None, *ctx.graph.backward(ctx.component, gradients, ctx.needs_input_grad[2:]))
+
+
+class Lease(torch.autograd.Function):
+    """The weights of an entry -> the weights of one forward. Arguments: the graph, the values."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: PrivateGraph, *values: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Aliases once more, of a node of their own."""
+        ctx.graph = graph
+        ctx.set_materialize_grads(False)
+        graph.leased()
+        aliases = tuple(value.detach() for value in values)
+        ctx.mark_non_differentiable(*(alias for alias, value in zip(aliases, values, strict=True) if not value.requires_grad))
+        return aliases
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        """The gradients as they are; refuses a second time, as a graph freed by its backward does."""
+        if ctx.graph is None:
+            raise RuntimeError(_AGAIN)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.graph.consumed()
+            ctx.graph = None
+        return (None, *gradients)
+
+
+def private_aliases(sources: Sequence[Tensor], *, graph: bool) -> tuple[list[Tensor], list[GradientEdge | None]]:
+    """Views of the sources for a private graph, and where their gradients arrive.
+
+    Views and not the tensors themselves, whose hooks would fire twice; not detached ones, which have no second order.
+    """
+    if not graph:
+        return [source.detach() for source in sources], [None] * len(sources)
+    aliases = [source.view_as(source) if source.requires_grad else source.detach() for source in sources]
+    return aliases, [get_gradient_edge(alias) if alias.requires_grad else None for alias in aliases]
+
+
+class Published:
+    """An entry in use: its private graph, and what the components hand out.
+
+    Immutable but for the lazily made ``Refresh`` nodes; the graph does not know it, so there is no reference cycle through
+    autograd nodes.
+
+    Args:
+        graph: the private graph.
+        components: the parts of the prologue.
+        sources: the tensors behind it.
+    """
+
+    def __init__(self, graph: PrivateGraph, components: Sequence[Component], sources: Sequence[Tensor]) -> None:
+        assert graph.values is not None
+        self.graph, self.components, self.sources = graph, components, sources
+        self.values: Sequence[Tensor] = graph.values
+        self._outputs: list[tuple[Tensor, ...] | None] = [None] * len(components)
+        weakref.finalize(self, graph.retire).atexit = False
+
+    def lease(self, number: int) -> dict[int, Tensor]:
+        """Fresh aliases of the values of one component, by position: with gradient if grad mode is on, else without."""
+        component = self.components[number]
+        if not torch.is_grad_enabled() or not any(self.values[at].requires_grad for at in component.values):
+            return {at: self.values[at].detach() for at in component.values}
+        outputs = self._outputs[number]
+        if outputs is None:
+            outputs = Refresh.apply(self.graph, component, *(self.sources[at] for at in component.sources))
+            self._outputs[number] = outputs
+        return dict(zip(component.values, Lease.apply(self.graph, *outputs), strict=True))  # type: ignore[arg-type]

@@ -1,0 +1,256 @@
+"""``ParametrizedModule``: what ``transform`` returns and a training script holds.
+
+It wraps the live module tree and shares its registries (``_parameters``, ``_buffers``, ``_modules`` are the same
+dictionaries), so that names, ``state_dict``, ``to`` and ``train`` are those of the user's model, while the user's own code
+keeps running on an instance of the user's own class: no attribute of ours can shadow one of theirs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxparam.errors import ImageError, SpecError, TraceError
+from fxparam.program import Site
+from fxparam.runtime.checkpoints import Checkpoints
+from fxparam.runtime.report import Report, make_report
+from fxparam.runtime.runtime import Runtime, Stats
+from fxparam.spec.resolve import nearest
+
+
+class ParametrizedModule(nn.Module):
+    """A model whose declared weights are computed once per optimizer step. Made by :func:`fxparam.transform`.
+
+    Calling it, moving it, saving it and reading attributes of the user's model through it work as on the model itself.
+    """
+
+    def __init__(
+        self,
+        live: nn.Module,
+        sites: Sequence[Site],
+        *,
+        trace: bool,
+        why_live: str,
+        legacy: Mapping[str, str],
+        example_inputs: tuple[Any, ...] | None,
+    ) -> None:
+        super().__init__()
+        state = self.__dict__
+        state["_fxp_live"], state["_fxp_sites"] = live, tuple(sites)
+        state["_fxp_options"] = {"trace": trace, "why_live": why_live, "legacy": dict(legacy)}
+        state["_fxp_example_inputs"] = example_inputs
+        self._attach()
+
+    def _attach(self) -> None:
+        """Share the live tree's registries and make a runtime for it."""
+        state, live = self.__dict__, self.__dict__["_fxp_live"]
+        for registry in ("_parameters", "_buffers", "_modules"):
+            state[registry] = live.__dict__[registry]
+        state["training"] = live.training
+        options = state["_fxp_options"]
+        state["_fxp_runtime"] = Runtime(live, state["_fxp_sites"], trace=options["trace"], why_live=options["why_live"])
+        self._load_state_dict_pre_hooks.clear()
+        self.register_load_state_dict_pre_hook(Checkpoints(self._fxp_sites, options["legacy"]))
+
+    # --- running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the user's model computes."""
+        with self._fxp_runtime.forward() as plan:
+            run = plan.body if plan is not None and plan.takes(args, kwargs) else self._fxp_live
+            return run(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> ParametrizedModule:
+        """Training or eval mode, for the whole model."""
+        self._fxp_live.train(mode)
+        self.__dict__["training"] = self._fxp_live.training
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ParametrizedModule:
+        self._fxp_live._apply(fn, recurse)
+        return self
+
+    def apply(self, fn: Any) -> ParametrizedModule:
+        """Apply a function to every module of the user's model."""
+        self._fxp_live.apply(fn)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            live = self.__dict__.get("_fxp_live")
+            if live is None:
+                raise
+            return getattr(live, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_fxp_") or name in self.__dict__ or "_fxp_live" not in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._fxp_live, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._fxp_live)})
+
+    def __repr__(self) -> str:
+        return f"ParametrizedModule({self._fxp_live!r})"
+
+    # --- looking inside
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The whole rewritten graph, weights computed in it.
+
+        Raises:
+            TraceError: the body is live Python; the message says why and what to type.
+        """
+        plan = self._fxp_runtime.plan
+        if plan.traced is None:
+            raise TraceError(
+                f"there is no graph of this model: {plan.why_live}. Its weights are in model.prologue; for a graph of "
+                "all of it type fxp.fold(model, example_inputs=(...))"
+            )
+        graph = copy.deepcopy(plan.program.graph)
+        for node in list(graph.nodes):
+            if getattr(node.target, "__name__", "") == "deliver":
+                graph.erase_node(node)
+        return graph
+
+    @property
+    def prologue(self) -> fx.GraphModule:
+        """What runs once per optimizer step: latents and buffers in (``prologue_inputs`` by name), weights out."""
+        return self._fxp_runtime.plan.prologue
+
+    @property
+    def body(self) -> nn.Module:
+        """What runs per call: a ``GraphModule`` where the model could be traced exactly, else the live modules."""
+        plan = self._fxp_runtime.plan
+        return self._fxp_live if plan.body is None else plan.body
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """What was parametrized, and how."""
+        return self._fxp_sites
+
+    @property
+    def report(self) -> Report:
+        """What was done, what was refused and why; printable."""
+        return make_report(self._fxp_live, self._fxp_sites, self._fxp_runtime.plan, self._fxp_runtime.stats)
+
+    @property
+    def stats(self) -> Stats:
+        """How often the weights were computed and how often they were at hand."""
+        return self._fxp_runtime.stats
+
+    # --- weights and latents
+
+    def weights(self) -> dict[str, Tensor]:
+        """The computed weights by dotted name, with gradient if grad mode is on."""
+        with self._fxp_runtime.forward():
+            return {name: self._fxp_runtime.read_weight(name) for site in self._fxp_sites for name in site.names}
+
+    def latents(self) -> dict[str, Tensor]:
+        """The trainable tensors behind the weights by dotted name; the ones an optimizer moves."""
+        return {name: self._fxp_runtime.tensor(name) for site in self._fxp_sites for name in site.latents}
+
+    def assign(self, name: str, tensor: Tensor, *, project: bool = False) -> None:
+        """Set a weight: its latents become ``right_inverse(tensor)``.
+
+        Args:
+            name: the dotted name of a computed weight.
+            tensor: the new value, of the weight's shape.
+            project: first move ``tensor`` to a nearby weight that the parametrization can produce.
+
+        Raises:
+            ImageError: the parametrization cannot produce ``tensor``; nothing was changed.
+            SpecError: no weight of this name is computed.
+        """
+        self._site(name)
+        self._fxp_runtime.write_weight(name, tensor, project=project)
+
+    def sample(self, name: str, *, generator: torch.Generator | None = None) -> Tensor:
+        """A random weight from the distribution its parametrization documents; the model is not changed.
+
+        Raises:
+            ImageError: the parametrization has no distribution.
+            SpecError: no weight of this name is computed.
+        """
+        site = self._site(name)
+        steps: Sequence[nn.Module] = list(self._fxp_live.get_submodule(site.home))  # type: ignore[arg-type]
+        # The last map that knows a distribution draws; those after it map on.
+        for at in reversed(range(len(steps))):
+            if hasattr(steps[at], "sample"):
+                with torch.no_grad():
+                    value = steps[at].sample(generator=generator) if generator is not None else steps[at].sample()
+                    for step in steps[at + 1 :]:
+                        value = step(value)
+                if isinstance(value, Tensor):
+                    return value
+                return value[next(i for i, aliases in enumerate(site.aliases) if name in aliases)]
+        raise ImageError(f"no map of {name} ({site.declaration}) has a distribution to sample from")
+
+    def freeze(self, pattern: str = "*") -> list[str]:
+        """Stop training the latents behind the weights whose name fits the glob; returns their names."""
+        return self._set_trainable(pattern, False)
+
+    def unfreeze(self, pattern: str = "*") -> list[str]:
+        """Train the latents behind the weights whose name fits the glob; returns their names."""
+        return self._set_trainable(pattern, True)
+
+    def retract(self, pattern: str = "*") -> None:
+        """Set the latents to ``right_inverse(forward(latents))``, against drift; the weights stay.
+
+        Raises:
+            ImageError: a map has no right inverse. Sites before it in order are retracted, it and later ones are not.
+        """
+        for site in self._matching(pattern):
+            if not site.latents:
+                continue
+            module: Any = self._fxp_live.get_submodule(site.home)
+            with torch.no_grad():
+                values = tuple(self._fxp_runtime.tensor(name).detach().clone() for name in site.names)
+                module.set_latents(module.right_inverse(values if len(values) > 1 else values[0]))
+        self.invalidate()
+
+    def invalidate(self) -> None:
+        """Compute the weights anew at the next read: after a write that nothing can see (``p.data.add_``, NumPy views)."""
+        self._fxp_runtime.invalidate()
+
+    def _set_trainable(self, pattern: str, flag: bool) -> list[str]:
+        names = [name for site in self._matching(pattern) for name in site.latents]
+        for name in names:
+            self._fxp_runtime.tensor(name).requires_grad_(flag)
+        return names
+
+    def _matching(self, pattern: str) -> list[Site]:
+        found = [s for s in self._fxp_sites if any(fnmatchcase(alias, pattern) for aliases in s.aliases for alias in aliases)]
+        if not found:
+            raise SpecError(f"no computed weight fits {pattern!r}; {nearest(pattern, self._names())}")
+        return found
+
+    def _site(self, name: str) -> Site:
+        for site in self._fxp_sites:
+            if any(name in aliases for aliases in site.aliases):
+                return site
+        raise SpecError(f"{name!r} is not a computed weight; {nearest(name, self._names())}")
+
+    def _names(self) -> Iterator[str]:
+        return (name for site in self._fxp_sites for name in site.names)
+
+    # --- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans and caches are derived; the shared registries come back from the live tree.
+        derived = ("_fxp_runtime", "_parameters", "_buffers", "_modules", "_load_state_dict_pre_hooks")
+        return {key: value for key, value in self.__dict__.items() if key not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(state)
+        self._attach()

@@ -1,0 +1,146 @@
+"""The report of a transform: what was parametrized, which layer each module got and why, what was hoisted and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fxparam.errors import missing_extra
+from fxparam.program import Record, Site
+from fxparam.runtime.plan import Plan
+from fxparam.runtime.runtime import Stats
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site in the report.
+
+    Attributes:
+        weights: the names of its weights.
+        declaration: what computes them.
+        origin: who declared it.
+        start: how the latents got their first value.
+        layer: ``"graph"`` where the prologue shows its operations, ``"call"`` where it is one opaque call, ``"per read"``
+            where it draws random numbers.
+        reason: why it is not a graph.
+        kept: bytes of its latents.
+        nodes: operations in the prologue.
+    """
+
+    weights: tuple[str, ...]
+    declaration: str
+    origin: str
+    start: str
+    layer: str
+    reason: str
+    kept: int
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``transform`` did. ``print(report)`` shows it; the fields are the same as data.
+
+    Attributes:
+        sites: one row for each parametrized weight.
+        body: ``"graph"`` or ``"live"``.
+        why_live: why the body is not a graph.
+        prologue_nodes: operations that run once per step.
+        body_nodes: operations that run per call (of a graph).
+        hoisted: names of hoisted values that are no weights.
+        trail: what every pass did.
+        stats: refreshes and hits so far.
+    """
+
+    sites: tuple[SiteRow, ...]
+    body: str
+    why_live: str
+    prologue_nodes: int
+    body_nodes: int
+    hoisted: tuple[str, ...]
+    trail: tuple[Record, ...]
+    stats: Stats
+
+    @property
+    def refusals(self) -> tuple[Record, ...]:
+        """What passes declined to do, each with the reason."""
+        return tuple(record for record in self.trail if record.refused)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.sites)} sites; the prologue has {self.prologue_nodes} operations and ran {self.stats.refreshes} times",
+            f"the body is a graph of {self.body_nodes} operations"
+            if self.body == "graph"
+            else f"the body is live Python: {self.why_live}",
+        ]
+        for row in self.sites:
+            names = row.weights[0] + (f" and {len(row.weights) - 1} more" if len(row.weights) > 1 else "")
+            layer = row.layer if not row.reason else f"{row.layer} ({row.reason})"
+            lines.append(f"  {names}: {row.declaration} [{row.origin}]; {row.start}; {layer}")
+        lines += [f"  hoisted {name}" for name in self.hoisted]
+        lines += [f"  {record}" for record in self.refusals]
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        """A table for ``rich.print``."""
+        try:
+            from rich.console import Group
+            from rich.table import Table
+            from rich.text import Text
+        except ImportError as error:
+            raise missing_extra("rich", "report", "to print reports as tables") from error
+        table = Table("weight", "declaration", "origin", "start", "layer", title=Text(str(self).split("\n")[0]))
+        for row in self.sites:
+            names = row.weights[0] + (f" (+{len(row.weights) - 1})" if len(row.weights) > 1 else "")
+            table.add_row(*map(Text, (names, row.declaration, row.origin, row.start, f"{row.layer} {row.reason}".strip())))
+        rest = [Text(str(self).split("\n")[1]), *(Text(f"hoisted {name}") for name in self.hoisted)]
+        return Group(table, *rest, *(Text(str(record)) for record in self.refusals))
+
+
+def make_report(live: nn.Module, sites: Sequence[Site], plan: Plan, stats: Stats) -> Report:
+    """The report of a model with this plan."""
+    counts: dict[str, int] = {}
+    opaque: set[str] = set()
+    for node in plan.prologue.graph.nodes:
+        if node.op not in ("placeholder", "get_attr", "output"):
+            home = node.meta.get("site", "")
+            counts[home] = counts.get(home, 0) + 1
+            if node.op == "call_module":
+                opaque.add(home)
+    reasons = {
+        record.did.removeprefix("look into ").removeprefix("hoist "): record.why
+        for record in plan.program.trail
+        if record.refused
+    }
+    rows = []
+    for site in sites:
+        layer = "per read" if site.home in plan.volatile else "call" if site.home in opaque else "graph"
+        tensors = live.get_submodule(site.home).parameters()
+        rows.append(
+            SiteRow(
+                weights=site.names,
+                declaration=site.declaration,
+                origin=site.origin,
+                start=site.start,
+                layer=layer,
+                reason=reasons.get(site.home, "") if layer != "graph" else "",
+                kept=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                nodes=counts.get(site.home, 0),
+            )
+        )
+    body_nodes = (
+        [] if plan.body is None else [n for n in plan.body.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    )
+    return Report(
+        sites=tuple(rows),
+        body="live" if plan.body is None else "graph",
+        why_live=plan.why_live if plan.body is None else "",
+        prologue_nodes=sum(counts.values()),
+        body_nodes=len(body_nodes),
+        hoisted=tuple(name for name in plan.values if name.startswith("hoisted.")),
+        trail=plan.program.trail,
+        stats=stats,
+    )

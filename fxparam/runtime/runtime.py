@@ -1,0 +1,386 @@
+"""The cache: one evaluation of the prologue for all reads until something changes.
+
+An entry is current while all of this holds, checked without a lock once per root forward:
+
+- every tensor the prologue reads is the same object, on the same storage, at the same version, equally trainable;
+- no optimizer that holds one of them has stepped (fused optimizers do not move the version);
+- train or eval, autocast, the options of the maps are as they were;
+- nobody wrote to a weight;
+- every latent that a backward gave a gradient still has one: ``zero_grad`` ends a step that no hook reported.
+
+Grad mode is not part of it: in training the private graph is built under ``no_grad`` as well.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fxparam.errors import StaleWeightsError
+from fxparam.program import Site
+from fxparam.runtime import steps
+from fxparam.runtime.bridge import PrivateGraph, Published, private_aliases
+from fxparam.runtime.plan import Plan, make_plan
+from fxparam.spec.names import first_names
+from fxparam.tracer.delivery import binding_of
+from fxparam.tracer.site import SiteModule
+from fxparam.tracer.site_tracing import SiteTracer
+
+_version, _requires_grad = attrgetter("_version"), attrgetter("requires_grad")
+_MAX_PLANS = 16
+_MAX_RETRACES = 4
+
+
+@dataclass
+class Stats:
+    """Counts since the transform.
+
+    Attributes:
+        refreshes: evaluations of the prologue.
+        hits: root forwards, and reads outside one, that found the weights current.
+        backwards: evaluations of the prologue's backward (of a connected component).
+        inlined: forwards that computed the prologue in place (compilation, functorch, replaced latents).
+    """
+
+    refreshes: int = 0
+    hits: int = 0
+    backwards: int = 0
+    inlined: int = 0
+
+    def __getitem__(self, name: str) -> int:
+        return int(getattr(self, name))
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A published refresh and everything that must not have changed since."""
+
+    plan: Plan
+    published: Published
+    sources: list[Tensor]
+    modes: tuple[object, ...]
+    steps: int
+    graph: bool
+    addresses: list[int]
+    versions: list[int]
+    trainable: list[bool]
+    weight_versions: list[int]
+    # Keeps the storages: a freed one could be reused at the same address.
+    storages: list[Any] = field(default_factory=list)
+    received: set[int] = field(default_factory=set)
+
+
+class _Frame:
+    """What one root forward (or nothing, outside of one) reads: leases made on first use, for each grad mode."""
+
+    def __init__(self, entry: _Entry) -> None:
+        self.entry = entry
+        self.leases: dict[tuple[bool, int], dict[int, Tensor]] = {}
+
+    def read(self, name: str) -> Tensor:
+        number, at = self.entry.plan.component_of[name]
+        key = (torch.is_grad_enabled(), number)
+        lease = self.leases.get(key)
+        if lease is None:
+            lease = self.leases[key] = self.entry.published.lease(number)
+        return lease[at]
+
+
+class _InlineFrame(dict[str, Tensor]):
+    """Weights computed in place for one forward, by name."""
+
+
+class Runtime:
+    """Plans, cache and delivery for one live module tree.
+
+    Args:
+        root: the live module tree.
+        sites: its sites, each after those it reads.
+        trace: whether the body is to be a graph where that is exact.
+        why_live: if not, why.
+    """
+
+    def __init__(self, root: nn.Module, sites: Sequence[Site], *, trace: bool, why_live: str = "") -> None:
+        self.root, self.sites = root, tuple(sites)
+        self.trace, self.why_live = trace, why_live
+        self.stats = Stats()
+        self._site_of = {alias: site for site in self.sites for aliases in site.aliases for alias in aliases}
+        self._modules: tuple[SiteModule, ...] = tuple(root.get_submodule(site.home) for site in self.sites)  # type: ignore[misc]
+        self._maps = [module for site in self._modules for module in site.modules()]
+        self._plans: dict[object, Plan] = {}
+        self._entry: _Entry | None = None
+        self._steps = 0
+        self._retraces = 0
+        self._checking = os.environ.get("FXPARAM_CHECK", "") not in ("", "0")
+        self._lock = threading.RLock()
+        self._local = threading.local()
+        for module in root.modules():
+            binding = binding_of(module)
+            if binding is not None:
+                binding.bind(self)
+        self.volatile: frozenset[str] = frozenset()
+        self._parameters: tuple[tuple[dict[str, Any], str], ...] = ()
+        # Made now, while the tensors are the model's own: later a forward may run under a transform of PyTorch's.
+        _ = self.plan
+        steps.listen(self)
+
+    # --- reading
+
+    @contextmanager
+    def forward(self) -> Iterator[Plan | None]:
+        """One root forward: the weights are checked once, at the beginning. None: computed in place, run the live modules."""
+        outer = getattr(self._local, "frame", None)
+        frame = self._frame()
+        self._local.frame = frame
+        try:
+            yield frame.entry.plan if isinstance(frame, _Frame) else None
+        finally:
+            self._local.frame = outer
+
+    def read_weight(self, name: str) -> Tensor:
+        """The weight (or hoisted value) with this dotted name; several reads within one forward share one evaluation."""
+        frame: _Frame | _InlineFrame | None = getattr(self._local, "frame", None)
+        if frame is None or (isinstance(frame, _Frame) and frame.entry.modes != self._modes()):
+            frame = self._frame()
+        if isinstance(frame, _InlineFrame):
+            if name not in frame:
+                frame |= self._compute(name)
+            return frame[name]
+        if name in self.volatile:
+            return self._compute(name)[name]
+        return frame.read(name)
+
+    def _compute(self, name: str) -> dict[str, Tensor]:
+        """The weights of one site by all their names, computed now as ``torch.nn.utils.parametrize`` does."""
+        site = self._site_of[name]
+        module: SiteModule = self.root.get_submodule(site.home)  # type: ignore[assignment]
+        value = module(*(self.tensor(read) for read in site.reads))
+        values = value if isinstance(value, tuple) else (value,)
+        return {alias: one for aliases, one in zip(site.aliases, values, strict=True) for alias in aliases}
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight or a registered tensor, by its dotted name."""
+        if name in self._site_of:
+            return self.read_weight(name)
+        path, _, local = name.rpartition(".")
+        return getattr(self.root.get_submodule(path), local)
+
+    def write_weight(self, name: str, value: Tensor, *, project: bool = False) -> None:
+        """Set a weight through the right inverse of its site; the other weights of a joint site stay.
+
+        Raises:
+            ImageError: it is not in the image; nothing was changed.
+        """
+        site = self._site_of[name]
+        module: SiteModule = self.root.get_submodule(site.home)  # type: ignore[assignment]
+        position = next(at for at, aliases in enumerate(site.aliases) if name in aliases)
+        with torch.no_grad():
+            values = tuple(self.tensor(other).clone() for other in site.names)
+            target = values[position]
+            if value.shape != target.shape:
+                raise ValueError(f"got a tensor of shape {tuple(value.shape)} for {name}, expected {tuple(target.shape)}")
+            new = (*values[:position], value.to(target), *values[position + 1 :])
+            module.set_latents(module.right_inverse(new if len(new) > 1 else new[0], project=project))
+        self.invalidate()
+
+    # --- the cache
+
+    @property
+    def plan(self) -> Plan:
+        """The plan for the present kind of state."""
+        kind = self._kind()
+        plan = self._plans.get(kind)
+        if plan is None or not plan.holds():
+            with self._lock:
+                plan = self._plans[kind] = self._new_plan(plan)
+        return plan
+
+    def _new_plan(self, before: Plan | None) -> Plan:
+        if before is not None and before.traced is not None:
+            # An attribute that a schedule moves all the time is cheaper to read than to bake in.
+            self._retraces += 1
+            if self._retraces > _MAX_RETRACES:
+                change = before.traced.watch.first_change()
+                self.trace, self.why_live = False, f"the attribute {change!r} keeps changing between forwards"
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.clear()
+        with (
+            torch.inference_mode(False),
+            _disable_current_modes(),
+            _without_saved_tensor_hooks(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            tracer = SiteTracer(first_names(self.root))
+            plan = make_plan(self.root, self.sites, trace=self.trace, why_live=self.why_live, reader=self, tracer=tracer)
+        self.volatile = frozenset(
+            alias for site in self.sites if site.home in plan.volatile for aliases in site.aliases for alias in aliases
+        )
+        self._parameters = tuple((registry, name) for registry, name in plan.slots if isinstance(registry[name], nn.Parameter))
+        return plan
+
+    def invalidate(self) -> None:
+        """Compute the weights anew at the next read."""
+        self._entry = None
+
+    def after_step(self, held: frozenset[int]) -> bool:
+        """An optimizer stepped; see :mod:`fxparam.runtime.steps`."""
+        entry = self._entry
+        touched = entry is not None and not held.isdisjoint(map(id, entry.sources))
+        if touched:
+            self._steps += 1
+        return touched or not held.isdisjoint(map(id, self.root.parameters()))
+
+    def unknown_step(self) -> None:
+        """An optimizer of tensors nobody here knows stepped: they may be flat or master copies of ours."""
+        self._steps += 1
+
+    def _frame(self) -> _Frame | _InlineFrame:
+        if self._must_inline():
+            self.stats.inlined += 1
+            return _InlineFrame()
+        entry = self._entry
+        if entry is not None and self._current(entry):
+            self.stats.hits += 1
+            if self._checking:
+                self._recompute_and_compare(entry)
+            return _Frame(entry)
+        with self._lock:
+            entry = self._entry
+            if entry is None or not self._current(entry):
+                entry = self._entry = self._refresh()
+            return _Frame(entry)
+
+    def _must_inline(self) -> bool:
+        """Whether latents are not the registered parameters now, or their values are not to be computed at all."""
+        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+            return True
+        if torch._C._len_torch_dispatch_stack() and _tracing_mode():
+            return True
+        return any(not isinstance(registry.get(name), nn.Parameter) for registry, name in self._parameters)
+
+    def _modes(self) -> tuple[object, ...]:
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        gpu = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        return (autocast, gpu, self.root.training)
+
+    def _kind(self) -> object:
+        """Everything that traces bake in and that changes back and forth: modes of modules, kinds of tensors."""
+        modules = list(self.root.modules()) if self.trace else self._maps
+        roots = (self.root,) if self.trace else self._modules
+        tensors = (tensor for root in roots for tensor in (*root.parameters(), *root.buffers()))
+        flags = tuple(module.training for module in modules)
+        return (self.trace, torch.get_default_dtype(), flags, tuple((t.shape, t.dtype, t.device) for t in tensors))
+
+    def _current(self, entry: _Entry) -> bool:
+        try:
+            sources = [registry[name] for registry, name in entry.plan.slots]
+            return (
+                list(map(id, sources)) == list(map(id, entry.sources))
+                and list(map(_version, sources)) == entry.versions
+                and list(map(Tensor.data_ptr, sources)) == entry.addresses
+                and list(map(_requires_grad, sources)) == entry.trainable
+                and entry.steps == self._steps
+                and entry.modes == self._modes()
+                and (entry.graph or not torch.is_grad_enabled() or not any(entry.trainable))
+                and list(map(_version, entry.published.values)) == entry.weight_versions
+                and entry.plan.holds()
+                and self._gradients_kept(entry)
+            )
+        except (KeyError, RuntimeError):
+            # A source was taken away, or became an inference tensor, which has no version.
+            return False
+
+    def _gradients_kept(self, entry: _Entry) -> bool:
+        if not entry.received or torch._C._current_graph_task_id() != -1:
+            return True
+        return not any(entry.sources[at].grad is None and entry.sources[at].is_leaf for at in entry.received)
+
+    def _refresh(self) -> _Entry:
+        plan = self.plan
+        sources = [registry[name] for registry, name in plan.slots]
+        training = self.root.training or any(module.training for module in self._modules)
+        graph = any(map(_requires_grad, sources)) and (torch.is_grad_enabled() or training)
+        received: set[int] = set()
+
+        def on_backward(positions: Sequence[int]) -> None:
+            self.stats.backwards += 1
+            received.update(positions)
+
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(graph),
+            _disable_current_modes(),
+            _without_saved_tensor_hooks(),
+        ):
+            aliases, edges = private_aliases(sources, graph=graph)
+            values = plan.prologue(*aliases)
+        self.stats.refreshes += 1
+        private = PrivateGraph(values, edges, on_backward)
+        return _Entry(
+            plan=plan,
+            published=Published(private, plan.components, sources),
+            sources=sources,
+            modes=self._modes(),
+            steps=self._steps,
+            graph=graph,
+            addresses=list(map(Tensor.data_ptr, sources)),
+            versions=list(map(_version, sources)),
+            trainable=list(map(_requires_grad, sources)),
+            weight_versions=list(map(_version, values)),
+            storages=[source.untyped_storage() for source in sources],
+            received=received,
+        )
+
+    def _recompute_and_compare(self, entry: _Entry) -> None:
+        """``FXPARAM_CHECK=1``: what the cache hands out must be what the latents give now."""
+        if any("module" in node.op for node in entry.plan.prologue.graph.nodes):
+            return
+        with torch.no_grad(), _disable_current_modes():
+            now = entry.plan.prologue(*(registry[name].detach() for registry, name in entry.plan.slots))
+        for name, old, new in zip(entry.plan.values, entry.published.values, now, strict=True):
+            if not torch.equal(old.detach().nan_to_num(), new.nan_to_num()):
+                raise StaleWeightsError(
+                    f"{name} was cached, and its latents give another value now: they were written in a way that moves neither "
+                    "version nor storage (p.data.add_, a numpy view); call model.invalidate() after such a write"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a runtime is rebuilt, not copied")
+
+
+def _tracing_mode() -> bool:
+    """Whether fake, functional or proxy tensors are about: nothing of these may enter the cache."""
+    names = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode")
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__name__ in names for mode in modes)
+
+
+def _without_saved_tensor_hooks() -> AbstractContextManager[Any]:
+    """Hide the user's saved-tensor hooks (checkpoint, offloading) from the private graph; keep autograd's version check."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return nullcontext()
+    return saved_tensors_hooks(_pack, _unpack)
+
+
+def _pack(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor.detach(), -1 if tensor.is_inference() else tensor._version
+
+
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    tensor, version = packed
+    if version >= 0 and tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a latent was "
+            f"written between forward and backward (is at version {tensor._version}; expected version {version} instead)"
+        )
+    return tensor

@@ -1,0 +1,45 @@
+"""Optimizer steps as a sign that latents changed: fused optimizers write parameters without moving their version."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class Stepped(Protocol):
+    """What wants to know of steps."""
+
+    def after_step(self, held: frozenset[int]) -> bool:
+        """An optimizer stepped that holds the tensors with these ids. Returns whether any of them is a source here."""
+
+    def unknown_step(self) -> None:
+        """An optimizer stepped whose tensors are no source of any runtime: flat or master copies, perhaps."""
+
+
+_LISTENERS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def listen(listener: Stepped) -> None:
+    """Tell ``listener`` of every optimizer step from now on, until it is collected."""
+    if not _LISTENERS:
+        _installed()
+    _LISTENERS.add(listener)
+
+
+_HANDLES: list[Any] = []
+
+
+def _installed() -> None:
+    if not _HANDLES:
+        _HANDLES.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    held = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    listeners = list(_LISTENERS)
+    if not any([listener.after_step(held) for listener in listeners]):
+        for listener in listeners:
+            listener.unknown_step()

@@ -1,0 +1,268 @@
+"""From a declaration to the maps and latents of one site.
+
+A chain ``a >> b`` is built backwards: ``b`` for the weight itself, ``a`` for what ``b`` would have to be given. So each map is
+built for the shape it will produce, and the latents start where the weight is kept, if it is in the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxparam.catalogue.joint import JointEntry
+from fxparam.declaration import Custom, Declaration, Entry, Existing, Ref
+from fxparam.errors import ImageError, SpecError
+from fxparam.spec.resolve import Task
+from fxparam.tracer.adoption import Adopted
+from fxparam.tracer.site import SiteModule, invert
+
+Value = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a map should yield at the start, and how that came about.
+
+    Attributes:
+        value: the tensor (several for a joint map).
+        notes: for the report: what kept the weight from being its own start.
+    """
+
+    value: Value
+    notes: tuple[str, ...] = ()
+
+
+class FunctionMap(nn.Module):
+    """A user's plain function as a map.
+
+    Args:
+        function: latents -> weight.
+        inverse: weight -> latents, if the user gave one.
+    """
+
+    def __init__(self, function: Callable[..., Any], inverse: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.function = function
+        if inverse is not None:
+            self.right_inverse = inverse
+
+    def forward(self, *latents: Tensor) -> Any:
+        """The weight from its latents."""
+        return self.function(*latents)
+
+    def extra_repr(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__qualname__", repr(self.function))
+
+
+@torch.no_grad()
+def build_site(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tuple[SiteModule, str]:
+    """The site of a task, and how its latents got their start (for the report).
+
+    Args:
+        task: the weights and the declaration.
+        reads: the present values of the weights it refers to.
+        adopted: what computes the weight already, where the declaration extends that.
+
+    Raises:
+        SpecError: the declaration does not fit the weight; names the weight and the rule.
+    """
+    names = ", ".join(row.name for row in task.rows[:3]) + (", ..." if len(task.rows) > 3 else "")
+    try:
+        return _build(task, reads, adopted)
+    except (SpecError, ImageError) as error:
+        raise SpecError(f"{names} (rule {task.rule}): {error}") from error
+
+
+def adopted_site(adopted: Adopted) -> SiteModule:
+    """The site of a weight that was computed already: its maps and latents as they are."""
+    latents = adopted.originals if len(adopted.originals) > 1 else adopted.originals[0]
+    return SiteModule(adopted.steps, latents, is_buffer=adopted.is_buffer)
+
+
+def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tuple[SiteModule, str]:
+    weights = tuple(row.tensor.detach() for row in task.rows)
+    target: Value = weights if task.joint else weights[0]
+    first, rest = task.steps[0], task.steps
+    if isinstance(first, Ref | Existing):
+        rest = task.steps[1:]
+    init = _init_of(rest)
+    steps: list[nn.Module] = []
+    start = Start(target)
+    for position, step in reversed(list(enumerate(rest))):
+        given = init if position == 0 else None
+        if position == 0 and isinstance(first, Ref):
+            module = _from_reads(step, reads, start) if len(rest) == 1 else _map(step, start.value, None, task.joint)[0]
+        else:
+            module, start = _step(step, start, given, task.joint)
+        steps.insert(0, module)
+    is_buffer = all(row.is_buffer for row in task.rows)
+    if isinstance(first, Ref):
+        site = SiteModule(steps, None, n_weights=len(weights))
+        notes: tuple[str, ...] = (f"computed from {', '.join(first.targets)}",)
+    elif isinstance(first, Existing) and adopted is not None:
+        inner = adopted_site(adopted)
+        site = SiteModule([*inner, *steps], inner.latents if len(inner.latents) > 1 else inner.latents[0], is_buffer=is_buffer)
+        notes = ("latents as they were",)
+    else:
+        trainable = any(row.tensor.requires_grad for row in task.rows)
+        site = SiteModule(steps, _as_latents(start.value, trainable, is_buffer), n_weights=len(weights), is_buffer=is_buffer)
+        notes = start.notes
+    return site, _check(site, reads, target, notes)
+
+
+def _init_of(steps: Sequence[Declaration]) -> Any:
+    for step in steps[1:]:
+        if isinstance(step, Custom) and step.init is not None:
+            raise SpecError(f"{step!r} gives a start but is not first in its chain; the start is that of the first map")
+    first = steps[0] if steps else None
+    return first.init if isinstance(first, Custom) else None
+
+
+def _step(step: Declaration, wanted: Start, init: Any, joint: bool) -> tuple[nn.Module, Start]:
+    """The module of one step, and what it has to be given to yield ``wanted``."""
+    latents = init(wanted.value) if callable(init) and not isinstance(init, Tensor) else init
+    module, plain = _map(step, wanted.value, latents, joint)
+    if latents is not None:
+        value = tuple(latents) if isinstance(latents, tuple | list) else latents
+        return module, Start(value, (*wanted.notes, "start given by init="))
+    if not hasattr(module, "right_inverse"):
+        _check_shape_kept(module, wanted.value, plain)
+        return module, Start(
+            wanted.value, (*wanted.notes, f"{_name(module)} has no right inverse: its latent starts at the weight")
+        )
+    try:
+        return module, Start(invert(module, wanted.value, project=False), wanted.notes)
+    except ImageError as error:
+        return module, Start(invert(module, wanted.value, project=True), (*wanted.notes, f"projected: {error}"))
+    except Exception as error:
+        # Maps written for other libraries raise errors of their own; GeoTorch's classes offer a sampled start instead.
+        sample = getattr(module, "sample", None)
+        if sample is None:
+            raise SpecError(
+                f"{_name(module)}.right_inverse raised {type(error).__name__}: {error}; give a start with "
+                "fxp.custom(..., init=...)"
+            ) from error
+        value = invert(module, sample(), project=False)
+        return module, Start(value, (*wanted.notes, f"sampled: {type(error).__name__}: {error}"))
+
+
+def _map(step: Declaration, value: Value, latents: Any, joint: bool) -> tuple[nn.Module, bool]:
+    """The module of one step and whether it wraps a plain function."""
+    if isinstance(step, JointEntry):
+        return (step.build_joint(value) if joint else step.build(value)), False  # type: ignore[arg-type]
+    if isinstance(step, Entry):
+        if joint:
+            raise SpecError(
+                f"{step!r} yields one weight; for joint(...) use fxp.subspace, fxp.flat or a map that returns a tuple"
+            )
+        return step.build(value), False  # type: ignore[arg-type]
+    if not isinstance(step, Custom):
+        raise SpecError(f"{step!r} cannot stand here")
+    if isinstance(step.map, nn.Module):
+        return step.map, False
+    given = latents if latents is not None else value
+    probe = [t.detach().clone() for t in (given if isinstance(given, tuple | list) else (given,))]
+    try:
+        result = step.map(*probe)
+    except Exception as error:
+        raise SpecError(
+            f"{step!r} raised {type(error).__name__}: {error}; it was called with {_shapes(tuple(probe))}. A function of "
+            "several latents, or of another shape, needs fxp.custom(function, init=...)"
+        ) from error
+    if isinstance(result, nn.Module):
+        return (step.map(*_tuple(value)) if latents is not None else result), False
+    return FunctionMap(step.map, step.right_inverse), True
+
+
+def _from_reads(step: Declaration, reads: Sequence[Tensor], wanted: Start) -> nn.Module:
+    """The first map after a ref: built for the weight it produces; a factory is given the weight, a function the reads."""
+    if isinstance(step, Custom) and not isinstance(step.map, nn.Module):
+        if step.init is not None:
+            raise SpecError(f"{step!r} gives a start, but after fxp.ref(...) there is no latent to start")
+        try:
+            result = step.map(*(read.detach().clone() for read in reads))
+        except Exception as error:
+            raise SpecError(
+                f"{step!r} raised {type(error).__name__}: {error}; it was called with {_shapes(tuple(reads))}"
+            ) from error
+        return result if isinstance(result, nn.Module) else FunctionMap(step.map, step.right_inverse)
+    return _map(step, wanted.value, None, False)[0]
+
+
+def _as_latents(value: Value, trainable: bool, is_buffer: bool) -> Value:
+    """Fresh leaves: nothing of the given model is shared with them."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        fresh = tensor.detach().clone(memory_format=torch.contiguous_format)
+        grad = trainable and (fresh.is_floating_point() or fresh.is_complex())
+        return fresh if is_buffer else nn.Parameter(fresh, requires_grad=grad)
+
+    return tuple(map(leaf, value)) if isinstance(value, tuple) else leaf(value)
+
+
+def _check(site: SiteModule, reads: Sequence[Tensor], target: Value, notes: Sequence[str]) -> str:
+    """Compare what the site yields now with the weight it replaces; returns the line for the report."""
+    # Maps may advance their state when they run in training; a look must not.
+    training = {module: module.training for module in site.modules()}
+    site.eval()
+    try:
+        result = site(*reads)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    got, want = _tuple(result), _tuple(target)
+    if len(got) != len(want) or not all(isinstance(t, Tensor) for t in got):
+        raise SpecError(f"the declaration yields {len(got)} values for {len(want)} weights")
+    for new, old in zip(got, want, strict=True):
+        if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
+            raise SpecError(
+                f"the declaration yields {_describe(new)}, the weight is {_describe(old)}; give a start of the right shape "
+                "with fxp.custom(..., init=...) or mend the map"
+            )
+    moved = max((_distance(new, old) for new, old in zip(got, want, strict=True)), default=0.0)
+    eps = max(torch.finfo(old.dtype).eps if old.is_floating_point() or old.is_complex() else 0.0 for old in want)
+    kept = "weight kept" if moved <= 100 * eps else f"weight moved by {moved:.2g} of its norm"
+    return "; ".join([kept, *notes])
+
+
+def _distance(new: Tensor, old: Tensor) -> float:
+    if not (old.is_floating_point() or old.is_complex()):
+        return float(not torch.equal(new, old))
+    scale = float(torch.linalg.vector_norm(old.to(torch.promote_types(old.dtype, torch.float32))))
+    change = float(torch.linalg.vector_norm((new - old).to(torch.promote_types(old.dtype, torch.float32))))
+    return change / scale if scale else change
+
+
+def _check_shape_kept(module: nn.Module, value: Value, plain: bool) -> None:
+    try:
+        result = module(*_tuple(value))
+    except Exception as error:
+        raise SpecError(
+            f"{_name(module)} raised {type(error).__name__}: {error}; give its start with fxp.custom(..., init=...)"
+        ) from error
+    if _shapes(_tuple(result)) != _shapes(_tuple(value)):
+        raise SpecError(
+            f"{_name(module)} turns {_shapes(_tuple(value))} into {_shapes(_tuple(result))} and has no right inverse; "
+            "give the start of its latent with fxp.custom(..., init=...)"
+        )
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _shapes(values: tuple[Any, ...]) -> str:
+    return ", ".join(_describe(value) if isinstance(value, Tensor) else type(value).__name__ for value in values)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _name(module: nn.Module) -> str:
+    return module.extra_repr() if isinstance(module, FunctionMap) else type(module).__name__

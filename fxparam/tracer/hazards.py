@@ -1,0 +1,129 @@
+"""What every tracer loses without a word, and how to notice: watches around a trace.
+
+A trace in which a watch fired is not used; what was traced stays Python.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxparam.errors import TraceError
+
+
+class Hazard(TraceError):
+    """Something happened during a trace that the graph would not show."""
+
+
+@contextmanager
+def no_autograd_functions() -> Iterator[None]:
+    """Raise :class:`Hazard` when a ``torch.autograd.Function`` is applied: a trace keeps its forward and loses its backward."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        raise Hazard(f"torch.autograd.Function {cls.__name__} has a backward of its own, which a trace loses")
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+_is_grad_enabled = torch.is_grad_enabled
+_is_inference_mode_enabled = torch.is_inference_mode_enabled
+_is_autocast_enabled = torch.is_autocast_enabled
+
+
+@contextmanager
+def no_mode_queries() -> Iterator[None]:
+    """Raise :class:`Hazard` when the model's own code asks for grad mode or autocast: its branch would be baked in."""
+    names = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+    originals = {name: getattr(torch, name) for name in names}
+
+    def watched(name: str) -> Any:
+        def query(*args: Any, **kwargs: Any) -> Any:
+            if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+                raise Hazard(f"the forward asks torch.{name}()")
+            return originals[name](*args, **kwargs)
+
+        return query
+
+    for name in names:
+        setattr(torch, name, watched(name))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+def ambient_modes() -> tuple[object, ...]:
+    """The modes under which an operation runs: grad, inference, autocast per device type, default dtype."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    autocast = tuple((_is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
+    return (_is_grad_enabled(), _is_inference_mode_enabled(), autocast, torch.get_default_dtype())
+
+
+def generator_states() -> tuple[Tensor, ...]:
+    """The states of PyTorch's default generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return (torch.get_rng_state(), *cuda)
+
+
+def python_random_states() -> tuple[object, ...]:
+    """The states of the generators of Python and, if it is loaded, of NumPy, as values to compare."""
+    numpy = sys.modules.get("numpy")
+    legacy = numpy.random.get_state(legacy=False) if numpy is not None else None
+    return (random.getstate(), repr(legacy["state"]["key"].tobytes()) + str(legacy["state"]["pos"]) if legacy else None)
+
+
+@contextmanager
+def preserved_generators() -> Iterator[list[bool]]:
+    """Put every generator back at the end. Yields a list that then holds whether any of them was used."""
+    torch_before, python_before = generator_states(), python_random_states()
+    python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    used: list[bool] = []
+    try:
+        yield used
+    finally:
+        same = all(map(torch.equal, torch_before, generator_states())) and python_before == python_random_states()
+        used.append(not same)
+        torch.set_rng_state(torch_before[0])
+        for device, state in enumerate(torch_before[1:]):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+
+def user_line(frame: FrameType | None = None) -> str:
+    """``file.py:12`` of the innermost frame that belongs neither to PyTorch nor to fxparam, or ``""``."""
+    frame = frame or sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] not in ("torch", "fxparam", "contextlib"):
+            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def error_line(error: BaseException) -> str:
+    """``file.py:12`` of the innermost frame of an error that belongs neither to PyTorch nor to fxparam, or ``""``."""
+    found = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        if module.split(".")[0] not in ("torch", "fxparam", "contextlib"):
+            found = f"{traceback.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return found

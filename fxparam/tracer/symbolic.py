@@ -1,0 +1,297 @@
+"""The body of a model as one FX graph, by symbolic tracing, where that is exact.
+
+Different from the stock tracer: modules with computed weights are looked into; a weight is one ``get_attr`` under its dotted
+name; operations on parameters, buffers and nothing at all (``torch.arange(5)``) become nodes instead of baked tensors; in-place
+operators stay in place; and whatever a graph cannot show raises :class:`~fxparam.tracer.hazards.Hazard`: an autograd Function,
+a switch of grad mode or autocast, ``isinstance`` on a traced value, hooks, random numbers of Python, attributes written.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxparam.errors import TraceError
+from fxparam.spec.names import first_names
+from fxparam.tracer.delivery import binding_of, weights_read_by
+from fxparam.tracer.hazards import (
+    Hazard,
+    ambient_modes,
+    error_line,
+    no_autograd_functions,
+    no_mode_queries,
+    preserved_generators,
+)
+from fxparam.tracer.watch import Watch
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# torch.nn modules whose forward is one operation on their weights: looked into when a weight of theirs is computed.
+_TRANSPARENT = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.PReLU,
+)
+_MACHINERY = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch._jit_internal", "fxparam.")
+_FACTORIES = frozenset(
+    getattr(torch, name)
+    for name in """arange bartlett_window blackman_window empty empty_strided eye full hamming_window hann_window kaiser_window
+    linspace logspace ones rand randint randn randperm tensor tril_indices triu_indices zeros scalar_tensor complex
+    normal""".split()
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TracedBody:
+    """A traced model.
+
+    Attributes:
+        graph: the graph; placeholders are the required arguments, in order.
+        tensors: what its ``get_attr`` nodes name, apart from computed weights.
+        modules: what its ``call_module`` nodes name.
+        watch: the Python state the graph took for granted.
+        arguments: the names of the required arguments.
+    """
+
+    graph: fx.Graph
+    tensors: Mapping[str, Tensor]
+    modules: Mapping[str, nn.Module]
+    watch: Watch
+    arguments: tuple[str, ...]
+
+
+def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
+    """Trace a model without inputs: the required arguments of ``forward`` are tensors, all others at their defaults.
+
+    Args:
+        root: the live module tree; computed weights appear as ``get_attr`` under their dotted names.
+        weights: the present values of the computed weights, by name: their shapes are known to the trace.
+
+    Raises:
+        TraceError: the model cannot be traced, or not exactly; the message gives the reason and the source line.
+    """
+    tracer = _Tracer(root, weights)
+    try:
+        with (
+            preserved_generators() as used,
+            no_autograd_functions(),
+            no_mode_queries(),
+            weights_read_by(tracer),
+            _EagerCalls(tracer),
+        ):
+            graph = tracer.trace(root)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = first if isinstance(error, Hazard) else f"{type(error).__name__}: {first}"
+        raise TraceError(" at ".join(filter(None, (reason, error_line(error))))) from error
+    if used[0]:
+        raise TraceError("the forward draws random numbers that are not PyTorch's, or draws them while it is traced")
+    if not tracer.watch.holds():
+        raise TraceError(f"the forward writes the attribute {tracer.watch.first_change()!r} of a module")
+    return TracedBody(graph, tracer.tensors, tracer.leaves, Watch(tracer.looked_into), tuple(tracer.arguments))
+
+
+class _Proxy(fx.Proxy):
+    """A traced value that stays in place under ``+=`` and refuses to be asked for its type."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        frame = sys._getframe(1)
+        # isinstance(x, nn.Parameter) asks by way of a metaclass.
+        while frame.f_back is not None and frame.f_globals.get("__name__") == "torch.nn.parameter":
+            frame = frame.f_back
+        if frame.f_globals.get("__name__", "").startswith(_MACHINERY):
+            return type(self)
+        raise Hazard("isinstance on a traced value: a graph cannot tell what the value will be")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+class _TensorProxy(_Proxy):
+    """A parameter, buffer or computed weight: its shape, dtype and device are known, and the plan is for these only."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, value: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.__dict__["known"] = value
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or one of its sizes."""
+        return self.known.shape if dim is None else self.known.shape[dim]
+
+    def dim(self) -> int:
+        """The number of dimensions."""
+        return self.known.dim()
+
+    def numel(self) -> int:
+        """The number of elements."""
+        return self.known.numel()
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    target = getattr(operator, name)
+
+    def method(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+for _name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "itemsize", "is_sparse"):
+    setattr(_TensorProxy, _name, property(lambda self, name=_name: getattr(self.known, name)))
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, root: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(autowrap_modules=())
+        self.weights = weights
+        self.proxy_buffer_attributes = True
+        self.modes = ambient_modes()
+        self.looked_into: list[nn.Module] = [root]
+        self.leaves: dict[str, nn.Module] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.arguments: list[str] = []
+        self.names = first_names(root)
+        self.reads: dict[str, _TensorProxy] = {}
+        self.watch = Watch(module for module in root.modules() if not _is_torch(module))
+        if reason := _hooks(root) or ("forward" in root.__dict__ and "its forward is set on the instance"):
+            raise TraceError(f"{type(root).__name__}: {reason}")
+
+    # --- weights, parameters, buffers
+
+    def read_weight(self, name: str) -> _TensorProxy:
+        """A computed weight, asked for by the property of its owner."""
+        return self._read(name, self.weights[name])
+
+    def write_weight(self, name: str, value: Tensor) -> None:
+        """Assigning weights inside a forward is nothing a graph can show."""
+        raise Hazard(f"the forward assigns the computed weight {name}")
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Every registered tensor becomes one ``get_attr``, found by identity."""
+        return self._tensor(attr_val) if isinstance(attr_val, Tensor) and id(attr_val) in self.names else attr_val
+
+    def _tensor(self, value: Tensor) -> _TensorProxy:
+        name = self.names.get(id(value))
+        if name is None:
+            # Held by the code itself, not registered: read by reference, under a name of its own.
+            name = f"captured.{len(self.tensors)}"
+            self.names[id(value)] = name
+        self.tensors[name] = value
+        return self._read(name, value)
+
+    def _read(self, name: str, value: Tensor) -> _TensorProxy:
+        if name not in self.reads:
+            node = self.create_node("get_attr", name, (), {})
+            self.reads[name] = _TensorProxy(node, self, value)
+        return self.reads[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """Tensors that reach a node as they are become reads."""
+        return self._tensor(a).node if type(a) in (Tensor, nn.Parameter) or isinstance(a, Tensor) else super().create_arg(a)
+
+    # --- calls
+
+    def proxy(self, node: fx.Node) -> _Proxy:
+        """Every traced value refuses what a graph cannot answer."""
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node, if it runs under the modes of the whole forward."""
+        if ambient_modes() != self.modes:
+            raise Hazard("the forward switches grad mode or autocast")
+        return super().create_node(*args, **kwargs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Modules of torch.nn, unless they compute a weight that can be seen."""
+        if not _is_torch(m) or isinstance(m, _CONTAINERS):
+            return False
+        return not (binding_of(m) is not None and isinstance(m, _TRANSPARENT))
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that is looked into, or one node."""
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path):
+            if reason := _hooks(m) or ("forward" in m.__dict__ and "its forward is set on the instance"):
+                raise Hazard(f"{path} ({type(m).__name__}): {reason}")
+            if not any(m is known for known in self.looked_into):
+                self.looked_into.append(m)
+            return forward(*args, **kwargs)
+        self.leaves[path] = m
+        result = self.create_proxy("call_module", path, args, kwargs)
+        if isinstance(m, nn.MultiheadAttention):
+            bound = inspect.signature(type(m).forward).bind(m, *args, **kwargs)
+            return (result[0], result[1] if bound.arguments.get("need_weights", True) else None)
+        return result
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Placeholders for the required arguments; Python fills in the defaults of the others."""
+        required = []
+        for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
+            if parameter.kind is parameter.VAR_POSITIONAL or parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            if parameter.default is not parameter.empty:
+                continue
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise Hazard(f"the required argument {parameter.name} can only be given by keyword")
+            required.append(parameter.name)
+        self.arguments = required
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in required)]
+
+
+class _EagerCalls(TorchFunctionMode):
+    """Turns operations that would run while the model is traced into nodes."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(type(leaf).__mro__[-2] is fx.Proxy or issubclass(type(leaf), fx.Proxy) for leaf in leaves):
+            return func(*args, **kwargs)
+        if func in _FACTORIES:
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return func(*args, **kwargs)
+        if getattr(func, "__name__", "") == "__get__":
+            value = func(*args, **kwargs)
+            return value if not isinstance(value, Tensor) else getattr(self.tracer._tensor(args[0]), func.__self__.__name__)
+        args, kwargs = pytree.tree_map(
+            lambda leaf: self.tracer._tensor(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+        )
+        return func(*args, **kwargs)
+
+
+def _is_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) or isinstance(module, torch.jit.ScriptModule)
+
+
+def _hooks(module: nn.Module) -> str:
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    everywhere = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+    )
+    return "has hooks, which a graph would run once" if any(own) or any(everywhere) else ""
