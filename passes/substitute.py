@@ -45,6 +45,7 @@ class Substitute(Pass):
             node: new.node_copy(node) for node in program.graph.nodes if node.op == "placeholder"
         }
         reads: dict[str, fx.Node] = {}
+        computed = program.weights
         records = []
         for site in program.sites:
             fragment = self.fragments[site.home]
@@ -55,7 +56,7 @@ class Substitute(Pass):
             for name in site.names:
                 new.call_function(deliver, (name, reads[name]))
         for node in program.graph.nodes:
-            if node.op == "get_attr" and node.target in reads and node.target in program.weights:
+            if node.op == "get_attr" and node.target in computed:
                 mapping[node] = reads[str(node.target)]
             elif node.op != "placeholder":
                 mapping[node] = new.node_copy(node, mapping.__getitem__)
@@ -64,7 +65,8 @@ class Substitute(Pass):
         return program.evolve(graph=new).noting(*records)
 
     def verify(self, before: Program, after: Program) -> None:
-        left = [node for node in after.graph.nodes if node.op == "get_attr" and node.target in after.weights]
+        computed = after.weights
+        left = [node for node in after.graph.nodes if node.op == "get_attr" and node.target in computed]
         if left:
             raise PassError(f"{left[0].target} is still read as a tensor")
 

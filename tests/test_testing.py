@@ -20,9 +20,7 @@ pytest_plugins = ["pytester"]
 
 def test_same_graph() -> None:
     assert_same_graph(nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU()))
-    with pytest.raises(
-        AssertionError, match=r"from expected to found:\n1 difference: 1 changed\n~ _0: op torch.nn.Tanh -> "
-    ):
+    with pytest.raises(AssertionError, match=r"from expected to found:\n1 difference: 1 changed\n~ _0: op torch.nn.Tanh -> "):
         assert_same_graph(nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()))
     with pytest.raises(AssertionError, match="~ _0: weight value "):
         assert_same_graph(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)), values=True)
@@ -138,9 +136,7 @@ def test_snapshots(pytester: pytest.Pytester) -> None:
     run(RENAMED).assert_outcomes(passed=1)
     changed = run(SWAPPED)
     changed.assert_outcomes(failed=1)
-    changed.stdout.fnmatch_lines(
-        ["*1 difference: 1 moved", "*> sub: reads sin, relu, was %*", "*if this is meant, type:*"]
-    )
+    changed.stdout.fnmatch_lines(["*1 difference: 1 moved", "*> sub: reads sin, relu, was %*", "*if this is meant, type:*"])
     run(SWAPPED, "--update-graphs").assert_outcomes(passed=1)
     run(SWAPPED).assert_outcomes(passed=1)
 
@@ -183,9 +179,7 @@ def test_the_assertions_work_without_pytest() -> None:
         print(error)
     """
     root = Path(fxparam.testing.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=root, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == (
         "pytest is needed for the fixture graph_snapshot and is not installed; type: pip install 'fxparam[test]'\n"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ _REMEDY = "; type model.assign(name, weight, project=True) to start from its pro
 def widened(tensor: Tensor) -> Tensor:
     """Half precision as float32, anything else as it is: linear algebra has no kernels for half precision."""
     return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` as ``dtype``; a cast that changes nothing would still be a node of the trace, with the dtype baked in."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,7 +111,7 @@ class Constrained(Parametrization):
     Subclasses give :meth:`distance`, :meth:`tolerance` and :meth:`invert`.
     """
 
-    constraint: ClassVar[str]
+    constraint: str
     """What the weights satisfy, as errors say it."""
 
     _like: Tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxparam.catalogue._image import Constrained, check_floating, check_matrix, rounding, widened
+from fxparam.catalogue._image import Constrained, check_floating, check_matrix, rounding, stored, widened
 from fxparam.catalogue.elementwise import inverse_softplus
 from fxparam.declaration import Entry
 
@@ -154,7 +154,7 @@ class PositiveDefiniteMap(_Matrices):
         """``(..., n, n)``; the strictly upper triangle of the latent is not read."""
         wide = widened(latent)
         factor = wide.tril(-1) + torch.diag_embed(F.softplus(wide.diagonal(dim1=-2, dim2=-1)))
-        return (factor @ factor.mT).to(latent.dtype)
+        return stored(factor @ factor.mT, latent.dtype)
 
     def distance(self, weight: Tensor) -> Tensor:
         """The larger of the asymmetry and the most negative eigenvalue, both relative."""

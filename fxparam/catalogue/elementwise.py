@@ -146,12 +146,11 @@ class Bounded(Entry):
 class BoundedMap(Constrained):
     """``low < W < high`` elementwise. ``contains`` takes the bounds themselves, which ``tanh`` reaches by rounding."""
 
-    constraint = "every element between the bounds"
-
     def __init__(self, weight: Tensor, low: float, high: float) -> None:
         super().__init__(weight)
         self.low, self.high = low, high
         self.middle, self.radius = low / 2 + high / 2, high / 2 - low / 2
+        self.constraint = f"every element between {low} and {high} (in units of half their distance)"
 
     def forward(self, latent: Tensor) -> Tensor:  # type: ignore[override]
         """Elementwise, any shape."""

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxparam.catalogue._image import Constrained, check_choice, check_flag, check_matrix, rounding, widened
+from fxparam.catalogue._image import Constrained, check_choice, check_flag, check_matrix, rounding, stored, widened
 from fxparam.catalogue._rotations import inverse_cayley, inverse_exp
 from fxparam.declaration import Entry
 from fxparam.errors import SpecError
@@ -90,7 +90,7 @@ class OrthogonalMap(Constrained):
         q = _reflections(x) if self.map == "householder" else _rotation(x, self.map)
         if self.base is not None:
             q = widened(self.base) @ q
-        return (q.mT if wide else q).to(latent.dtype)
+        return stored(q.mT if wide else q, latent.dtype)
 
     def distance(self, weight: Tensor) -> Tensor:
         """The largest element of ``|WᴴW - I|`` (2 for a reflection where only rotations are reached)."""

@@ -21,6 +21,7 @@ from fxparam.catalogue._image import (
     check_integer,
     computing_dtype,
     rounding,
+    stored,
     widened,
 )
 from fxparam.catalogue.joint import JointEntry
@@ -173,8 +174,7 @@ class FlatMap(Parametrization):
         """A vector as the weights, each in its dtype."""
         parts = vector.split([shape.numel() for shape in self.shapes])
         tensors = tuple(
-            part.reshape(shape) if part.dtype == like.dtype else part.reshape(shape).to(like.dtype)
-            for part, shape, like in zip(parts, self.shapes, self._likes(), strict=True)
+            stored(part.reshape(shape), like.dtype) for part, shape, like in zip(parts, self.shapes, self._likes(), strict=True)
         )
         return tensors[0] if self.single else tensors
 
@@ -214,7 +214,7 @@ class SubspaceMap(FlatMap):
     def forward(self, latent: Tensor) -> Tensor | tuple[Tensor, ...]:  # type: ignore[override]
         """``(dim,)`` to the weights."""
         offset = widened(self.basis) @ widened(latent)
-        return self._split((widened(self.origin) + offset).to(self.origin.dtype))
+        return self._split(stored(widened(self.origin) + offset, self.origin.dtype))
 
     @torch.no_grad()
     def contains(self, weight: Weights, tol: float | None = None) -> bool:

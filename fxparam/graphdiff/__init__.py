@@ -14,6 +14,7 @@ __all__ = [
     "Graph",
     "GraphDiff",
     "GraphDiffError",
+    "Model",
     "Moved",
     "Node",
     "Removed",

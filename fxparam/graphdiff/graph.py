@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 from fxparam.errors import FxparamError
 
+_REHASHED = 200  # dead nodes up to which they are hashed again after each step
+
 
 class GraphDiffError(FxparamError, ValueError):
     """Two graphs cannot be compared, or a difference cannot be applied; the message says what to pass."""
@@ -127,11 +129,17 @@ class Graph:
     def order(self) -> tuple[int, ...]:
         """The canonical order (see the module docstring)."""
         order = list(self._reachable)
-        if len(order) < len(self.nodes):
-            hashes = merkle(self)
-            used = {e.node for n in self.nodes for e in n.inputs} | {i for n in self.nodes for i in n.after}
-            sinks = (i for i in range(len(self.nodes)) if i not in used)
-            self._visit(sorted(sinks, key=hashes.__getitem__), order)
+        used = {e.node for n in self.nodes for e in n.inputs} | {i for n in self.nodes for i in n.after}
+        sinks = set(range(len(self.nodes))) - used - set(order)
+        # Numbering one dead computation tells others apart that looked alike, so they are hashed again; in large dead
+        # parts, where this would be quadratic, they are hashed once.
+        large = len(self.nodes) - len(order) > _REHASHED
+        while sinks:
+            hashes = merkle(self, {n: k for k, n in enumerate(order)})
+            ranked = sorted(sinks, key=hashes.__getitem__)
+            chosen = ranked if large else ranked[:1]
+            self._visit(chosen, order)
+            sinks.difference_update(chosen)
         return tuple(order)
 
     @cached_property
@@ -184,10 +192,15 @@ class Graph:
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
-def merkle(graph: Graph) -> list[str]:
-    """For each node a hash of its whole computation: its label and, recursively, its inputs."""
+def merkle(graph: Graph, numbers: dict[int, int]) -> list[str]:
+    """For each node a hash of its whole computation: its number if it has one, else its label and, recursively, its
+    inputs.
+    """
     hashes: list[str] = []
-    for node in graph.nodes:
+    for i, node in enumerate(graph.nodes):
+        if i in numbers:
+            hashes.append(f"%{numbers[i]}")
+            continue
         edges = [(hashes[e.node], e.output) for e in node.inputs]
         content = repr((node.label, edges, sorted(hashes[i] for i in node.after)))
         hashes.append(hashlib.sha256(content.encode()).hexdigest())

@@ -101,7 +101,9 @@ class Line:
         sources: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self.nodes:
             own = frozenset([node]) if node.op == "get_attr" or node in self.names else frozenset()
-            sources[node] = own or frozenset().union(*(sources[other] for other in node.all_input_nodes))
+            # What depends on an input is never weighed, and would gather every parameter of a deep model.
+            inputs = () if self.times[node] is BindingTime.call and node not in self.reasons else node.all_input_nodes
+            sources[node] = own or frozenset().union(*(sources[other] for other in inputs))
         return {node: sum(_bytes(self.values.get(source)) for source in found) for node, found in sources.items()}
 
     def _settle(self) -> None:

@@ -95,6 +95,22 @@ class ParametrizedModule(nn.Module):
         else:
             setattr(self._fxp_live, name, value)
 
+    # Python looks up operators on the class: containers (nn.Sequential, nn.ModuleList) are reached through these.
+    def __getitem__(self, key: Any) -> Any:
+        return self._fxp_live[key]
+
+    def __len__(self) -> int:
+        return len(self._fxp_live)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._fxp_live)
+
+    def __contains__(self, value: object) -> bool:
+        return value in self._fxp_live
+
+    def __bool__(self) -> bool:
+        return bool(self._fxp_live)
+
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._fxp_live)})
 

@@ -119,15 +119,16 @@ def _fragments(root: nn.Module, sites: Sequence[Site], tracer: SiteTracer) -> tu
     tensors = {name: row.tensor for row in named_tensors(root) for name in row.aliases}
     fragments: dict[str, Fragment] = {}
     weights: dict[str, Tensor] = {}
+    random: set[str] = set()
     for site in sites:
         module = _module(root, site.home)
         reads = {name: weights[name] if name in weights else tensors[name] for name in site.reads}
         fragment = tracer.trace(module, site.home, reads)
-        if any(
-            fragments[other.home].volatile for other in sites if other.home in fragments and set(other.names) & set(site.reads)
-        ):
+        if not random.isdisjoint(site.reads):
             fragment = Fragment(fragment.graph, fragment.inputs, fragment.opaque or "reads a random weight", True)
         fragments[site.home] = fragment
+        if fragment.volatile:
+            random.update(site.names)
         for aliases, value in zip(site.aliases, present_values(module, tuple(reads.values())), strict=True):
             weights |= dict.fromkeys(aliases, value)
     return fragments, weights

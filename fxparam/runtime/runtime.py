@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -245,7 +245,7 @@ class Runtime:
         self._steps += 1
 
     def _frame(self) -> _Frame | _InlineFrame:
-        if self._must_inline():
+        if _under_a_transform():
             self.stats.inlined += 1
             return _InlineFrame()
         entry = self._entry
@@ -254,19 +254,15 @@ class Runtime:
             if self._checking:
                 self._recompute_and_compare(entry)
             return _Frame(entry)
+        if any(not isinstance(registry.get(name), nn.Parameter) for registry, name in self._parameters):
+            # functional_call and replicas put other tensors in place of the parameters for a while.
+            self.stats.inlined += 1
+            return _InlineFrame()
         with self._lock:
             entry = self._entry
             if entry is None or not self._current(entry):
                 entry = self._entry = self._refresh()
             return _Frame(entry)
-
-    def _must_inline(self) -> bool:
-        """Whether latents are not the registered parameters now, or their values are not to be computed at all."""
-        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-            return True
-        if torch._C._len_torch_dispatch_stack() and _tracing_mode():
-            return True
-        return any(not isinstance(registry.get(name), nn.Parameter) for registry, name in self._parameters)
 
     def _modes(self) -> tuple[object, ...]:
         autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
@@ -285,7 +281,7 @@ class Runtime:
         try:
             sources = [registry[name] for registry, name in entry.plan.slots]
             return (
-                list(map(id, sources)) == list(map(id, entry.sources))
+                all(map(is_, sources, entry.sources))
                 and list(map(_version, sources)) == entry.versions
                 and list(map(Tensor.data_ptr, sources)) == entry.addresses
                 and list(map(_requires_grad, sources)) == entry.trainable
@@ -358,8 +354,12 @@ class Runtime:
         raise TypeError("a runtime is rebuilt, not copied")
 
 
-def _tracing_mode() -> bool:
-    """Whether fake, functional or proxy tensors are about: nothing of these may enter the cache."""
+def _under_a_transform() -> bool:
+    """Whether compilation, functorch, or fake, functional or proxy tensors are about: nothing of these may enter the cache."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
     names = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode")
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     return any(type(mode).__name__ in names for mode in modes)

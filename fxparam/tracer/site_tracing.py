@@ -250,11 +250,13 @@ def describe(module: nn.Module) -> Hashable | None:
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules"):
             parts.append((name, tuple(value)))
-        elif isinstance(value, str | int | float | bool | type(None) | torch.dtype | tuple):
+        elif isinstance(value, str | int | float | bool | type(None) | torch.dtype | tuple | set):
+            plain = tuple(value) if isinstance(value, tuple) else frozenset(value) if isinstance(value, set) else value
             try:
-                parts.append((name, type(value), hash(value) and value))
+                hash(plain)
             except TypeError:
                 return None
+            parts.append((name, type(value), plain))
         elif callable(value) and not isinstance(value, nn.Module):
             parts.append((name, id(value)))
         elif name.startswith("_") and not value:

@@ -161,7 +161,9 @@ def test_weights_of_another_shape_are_refused(case: Case) -> None:
 
 
 @every
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_equal_and_separate(case: Case, copied: Any) -> None:
     module, latents = case.build(), case.draw()
     expected = module(*latents)
