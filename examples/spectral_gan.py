@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import fxparam as fxp
 
 QUICK = os.environ.get("FXPARAM_EXAMPLE_QUICK", "") not in ("", "0")
-STEPS = 20 if QUICK else 600
+STEPS = 20 if QUICK else 1000
 MICRO_BATCHES, SIZE = 4, 64
 
 
@@ -53,9 +53,8 @@ def main() -> None:
         g_optimizer.step()
 
     stats = discriminator.stats
-    print(
-        f"{STEPS} steps: the discriminator ran {stats.refreshes + stats.hits} times, its weights were computed {stats.refreshes} times"
-    )
+    runs = stats.refreshes + stats.hits
+    print(f"{STEPS} steps: the discriminator ran {runs:,} times, its weights were computed {stats.refreshes:,} times")
     points = generator(torch.randn(1000, 8)).detach()
     print(f"distance of generated points from the circle: {(points.norm(dim=1) - 1).abs().mean():.3f} on average")
     largest = [torch.linalg.matrix_norm(weight, 2).item() for weight in discriminator.eval().weights().values()]

@@ -47,6 +47,10 @@ class Parametrization(nn.Module, ABC):
         """A weight in the image, near ``weight``: the documented start for a weight that is not in the image."""
         raise ImageError(f"{type(self).__name__} has no projection onto its image")
 
+    def start(self, weight: Tensor) -> Latents:
+        """Latents to start from where ``weight`` is not in the image: by default those of its projection."""
+        return self.right_inverse(self.project(weight))
+
     def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
         """A random weight in the image, from the distribution the class documents."""
         raise ImageError(f"{type(self).__name__} has no distribution to sample from")

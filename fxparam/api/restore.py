@@ -13,7 +13,7 @@ from fxparam.runtime.plan import present_values
 from fxparam.spec.names import PARAMETRIZATIONS
 from fxparam.tracer.copying import structural_copy
 from fxparam.tracer.delivery import binding_of, uninstall
-from fxparam.tracer.site import SiteModule, Sites
+from fxparam.tracer.site import SiteModule
 
 Dtype = TypeVar("Dtype", bound="torch.dtype | None")
 
@@ -37,10 +37,6 @@ def restore(model: ParametrizedModule, *, compute_dtype: torch.dtype | None = No
     fresh: dict[str, Tensor] = {}
     for owner in owners:
         _restore_owner(copied.memo[id(owner)], weights, fresh)
-    root_sites = copied.root._modules.get(PARAMETRIZATIONS)
-    if isinstance(root_sites, Sites):
-        # Joint sites live at the root, which need not own a weight.
-        del copied.root._modules[PARAMETRIZATIONS]
     for module in copied.root.modules():
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()

@@ -132,7 +132,9 @@ class _Builder:
         reads: tuple[str, ...],
         joint: int | None = None,
     ) -> None:
-        path, local = ("", f"joint{joint}") if joint is not None else split(rows[0].name)
+        # Below the owner of its first weight: a container at the root would run another child of its own.
+        path, local = split(rows[0].name)
+        local = local if joint is None else f"joint{joint}"
         home = home_of(path, local)
         module.train(self.root.training)
         values = present_values(module, [self._value(name) for name in reads])

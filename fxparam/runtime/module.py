@@ -23,6 +23,19 @@ from fxparam.runtime.runtime import Runtime, Stats
 from fxparam.spec.resolve import nearest
 
 
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""What the wrapper and the live root have in common, as the same objects."""
+
+
 class ParametrizedModule(nn.Module):
     """A model whose declared weights are computed once per optimizer step. Made by :func:`fxparam.transform`.
 
@@ -49,13 +62,12 @@ class ParametrizedModule(nn.Module):
     def _attach(self) -> None:
         """Share the live tree's registries and make a runtime for it."""
         state, live = self.__dict__, self.__dict__["_fxp_live"]
-        for registry in ("_parameters", "_buffers", "_modules"):
+        for registry in _SHARED:
             state[registry] = live.__dict__[registry]
         state["training"] = live.training
         options = state["_fxp_options"]
         state["_fxp_runtime"] = Runtime(live, state["_fxp_sites"], trace=options["trace"], why_live=options["why_live"])
-        self._load_state_dict_pre_hooks.clear()
-        self.register_load_state_dict_pre_hook(Checkpoints(self._fxp_sites, options["legacy"]))
+        state["_fxp_checkpoints"] = Checkpoints(live, self._fxp_sites, options["legacy"])
 
     # --- running
 
@@ -80,6 +92,26 @@ class ParametrizedModule(nn.Module):
         self._fxp_live.apply(fn)
         return self
 
+    # --- state, by the live root's own methods: the user's class may override them
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The state under the names of ``torch.nn.utils.parametrize``."""
+        return self._fxp_live.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state of this model, of the same model under ``torch.nn.utils.parametrize``, of the plain model
+        (through the right inverses), or of the legacy hooks.
+
+        Raises:
+            ImageError: a plain weight is not in the image of its parametrization; nothing was loaded.
+        """
+        return self._fxp_live.load_state_dict(self._fxp_checkpoints.translated(state_dict), *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # As a part of a larger model; the caller's dictionary is its own copy.
+        self._fxp_checkpoints.translate(state_dict, prefix)
+        self._fxp_live._load_from_state_dict(state_dict, prefix, *args)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -90,7 +122,9 @@ class ParametrizedModule(nn.Module):
             return getattr(live, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_fxp_") or name in self.__dict__ or "_fxp_live" not in self.__dict__:
+        if name == "training" and "_fxp_live" in self.__dict__:
+            self.__dict__["training"] = self._fxp_live.training = value
+        elif name.startswith("_fxp_") or name in self.__dict__ or "_fxp_live" not in self.__dict__:
             super().__setattr__(name, value)
         else:
             setattr(self._fxp_live, name, value)
@@ -263,7 +297,7 @@ class ParametrizedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans and caches are derived; the shared registries come back from the live tree.
-        derived = ("_fxp_runtime", "_parameters", "_buffers", "_modules", "_load_state_dict_pre_hooks")
+        derived = ("_fxp_runtime", "_fxp_checkpoints", *_SHARED)
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

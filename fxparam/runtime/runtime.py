@@ -219,6 +219,7 @@ class Runtime:
             _disable_current_modes(),
             _without_saved_tensor_hooks(),
             torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext(),
         ):
             tracer = SiteTracer(first_names(self.root))
             plan = make_plan(self.root, self.sites, trace=self.trace, why_live=self.why_live, reader=self, tracer=tracer)

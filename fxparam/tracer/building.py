@@ -138,7 +138,10 @@ def _step(step: Declaration, wanted: Start, init: Any, joint: bool) -> tuple[nn.
     try:
         return module, Start(invert(module, wanted.value, project=False), wanted.notes)
     except ImageError as error:
-        return module, Start(invert(module, wanted.value, project=True), (*wanted.notes, f"projected: {error}"))
+        start = getattr(module, "start", None)
+        value = invert(module, wanted.value, project=True) if start is None else start(wanted.value)
+        reason = str(error).split("; type ")[0]
+        return module, Start(value, (*wanted.notes, f"not in the image ({reason}): starts nearby"))
     except Exception as error:
         # Maps written for other libraries raise errors of their own; GeoTorch's classes offer a sampled start instead.
         sample = getattr(module, "sample", None)

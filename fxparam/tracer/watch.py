@@ -49,7 +49,9 @@ class Watch:
                 self._remember_items(value)
             elif isinstance(value, set):
                 self._sets.append((value, value.copy()))
-            elif deep and hasattr(value, "__dict__") and not isinstance(value, type | Tensor | nn.Module) and not callable(value):
+            elif (
+                deep and hasattr(value, "__dict__") and not isinstance(value, type | Tensor | nn.Module) and not callable(value)
+            ):
                 self._remember(value.__dict__, value.__dict__, deep=False)
 
     def _remember_items(self, container: Any) -> None:

@@ -1152,6 +1152,16 @@ class GlobalCache(Base):
         return self.lin(x) * RAMPS[N]
 
 
+class Ready(Base):
+    """Caches filled before the transform."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x) * READY[N]
+
+
+READY = {N: torch.linspace(1.0, 2.0, N, dtype=torch.float64)}
+
+
 class CachedProperty(Base):
     @functools.cached_property
     def ramp(self) -> Tensor:
@@ -1316,7 +1326,7 @@ class SetsDefaultDtype(Base):
 class GlobalWritten(Base):
     def forward(self, x: Tensor) -> Tensor:
         COUNTS.append(1)
-        return self.lin(x) * (1 + len(COUNTS) % 2)
+        return self.lin(x) * ((1 + len(COUNTS)) // 2)
 
 
 COUNTS: list[int] = []
@@ -1327,7 +1337,7 @@ class ClassWritten(Base):
 
     def forward(self, x: Tensor) -> Tensor:
         type(self).count += 1
-        return self.lin(x) * (1 + type(self).count % 2)
+        return self.lin(x) * ((1 + type(self).count) // 2)
 
 
 class Environment(Base):
@@ -1400,7 +1410,7 @@ class VmapInside(Base):
 class DefaultMutable(Base):
     def forward(self, x: Tensor, kept: list[int] = []) -> Tensor:  # noqa: B006
         kept.append(1)
-        return self.lin(x) * (1 + len(kept) % 2)
+        return self.lin(x) * ((1 + len(kept)) // 2)
 
 
 class PrivateName(Base):
@@ -1855,6 +1865,7 @@ CASES = (
     Case("method", SetAttrMethod, body="graph"),
     Case("lru_cache", LruCache),
     Case("global cache", GlobalCache),
+    Case("global table", Ready),
     Case("cached property", CachedProperty),
     Case("object cache", ObjectCache),
     Case("keeps outputs", KeepsOutputs, (CALL, CALL, CALL), body="live"),
@@ -1977,6 +1988,13 @@ def _float64() -> Any:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+    # What models keep outside of themselves: each test starts without.
+    cached_ramp.cache_clear()
+    RAMPS.clear()
+    COUNTS.clear()
+    GLOBALS["gain"] = 1.0
+    ClassAttribute.gain = 1.0
+    ClassWritten.count = 0
 
 
 BUGS: dict[tuple[str, bool], str] = {}
