@@ -11,8 +11,9 @@ from torch.export import ExportedProgram
 
 from fxparam.api.fold import exported_program, graph_module, plain_model
 from fxparam.errors import ExportError, TraceError
-from fxparam.graphdiff import GraphDiff, Model
+from fxparam.graphdiff import GraphDiff
 from fxparam.graphdiff import diff as structural_diff
+from fxparam.graphdiff.reading import Model
 from fxparam.passes.fold import Fold
 from fxparam.program import Program, run
 from fxparam.runtime.module import ParametrizedModule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ from fxparam.spec.names import PARAMETRIZATIONS
 from fxparam.tracer.copying import structural_copy
 from fxparam.tracer.delivery import binding_of, uninstall
 from fxparam.tracer.site import SiteModule
-
-Dtype = TypeVar("Dtype", bound="torch.dtype | None")
 
 
 @torch.no_grad()
@@ -74,7 +72,8 @@ def _restore_owner(owner: nn.Module, weights: dict[str, tuple[Tensor, bool, bool
         value, trains, is_buffer = weights[name]
         if name not in fresh:
             fresh[name] = value if is_buffer else nn.Parameter(value, requires_grad=trains)
-        (owner._buffers if is_buffer else owner._parameters)[local] = fresh[name]
+        registry: dict[str, Any] = owner._buffers if is_buffer else owner._parameters
+        registry[local] = fresh[name]
     for registry, names in (
         (owner._parameters, binding.order["parameters"]),
         (owner._buffers, binding.order["buffers"]),

@@ -109,8 +109,8 @@ class _Builder:
                 self._add((row,), adopted_site(one), "adopted", one.origin, "as it was", ())
         for number, task in enumerate(tasks):
             self._build(task, number)
-        for owner, binding in self.bindings.values():
-            install(owner, binding)
+        for module, binding in self.bindings.values():
+            install(module, binding)
         return tuple(self.sites)
 
     def _build(self, task: Task, number: int) -> None:

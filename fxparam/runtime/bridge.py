@@ -121,7 +121,7 @@ class Refresh(torch.autograd.Function):
     """latents -> the weights of an entry. Arguments: the graph, the component, the component's sources."""
 
     @staticmethod
-    def forward(ctx: Any, graph: PrivateGraph, component: Component, *sources: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, graph: PrivateGraph, component: Component, *sources: Tensor) -> tuple[Tensor, ...]:
         """Aliases of the values that share their version counters."""
         assert graph.values is not None
         ctx.graph, ctx.component = graph, component
@@ -141,7 +141,7 @@ class Lease(torch.autograd.Function):
     """The weights of an entry -> the weights of one forward. Arguments: the graph, the values."""
 
     @staticmethod
-    def forward(ctx: Any, graph: PrivateGraph, *values: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, graph: PrivateGraph, *values: Tensor) -> tuple[Tensor, ...]:
         """Aliases once more, of a node of their own."""
         ctx.graph = graph
         ctx.set_materialize_grads(False)
@@ -200,4 +200,4 @@ class Published:
         if outputs is None:
             outputs = Refresh.apply(self.graph, component, *(self.sources[at] for at in component.sources))
             self._outputs[number] = outputs
-        return dict(zip(component.values, Lease.apply(self.graph, *outputs), strict=True))  # type: ignore[arg-type]
+        return dict(zip(component.values, Lease.apply(self.graph, *outputs), strict=True))

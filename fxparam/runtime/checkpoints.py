@@ -62,9 +62,9 @@ class Checkpoints:
         try:
             latents = home.right_inverse(moved if len(moved) > 1 else moved[0])
         except ImageError as error:
-            names = ", ".join(site.names)
+            weight = ", ".join(site.names)
             raise ImageError(
-                f"the checkpoint holds the plain weight {names}, which {site.declaration} cannot produce: {error}"
+                f"the checkpoint holds the plain weight {weight}, which {site.declaration} cannot produce: {error}"
             ) from error
         state |= {prefix + name: latent for name, latent in zip(site.latents, latents, strict=True)}
         # The maps keep the buffers they have: a plain checkpoint knows nothing of them.

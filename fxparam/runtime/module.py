@@ -22,7 +22,6 @@ from fxparam.runtime.report import Report, make_report
 from fxparam.runtime.runtime import Runtime, Stats
 from fxparam.spec.resolve import nearest
 
-
 _SHARED = (
     "_parameters",
     "_buffers",
@@ -232,7 +231,7 @@ class ParametrizedModule(nn.Module):
             SpecError: no weight of this name is computed.
         """
         site = self._site(name)
-        steps: Sequence[nn.Module] = list(self._fxp_live.get_submodule(site.home))  # type: ignore[arg-type]
+        steps: Sequence[Any] = list(self._fxp_live.get_submodule(site.home))
         # The last map that knows a distribution draws; those after it map on.
         for at in reversed(range(len(steps))):
             if hasattr(steps[at], "sample"):

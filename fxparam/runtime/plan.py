@@ -230,7 +230,7 @@ def _body_module(
         path, local = split(name)
         if path in (CONSTANTS, "captured"):
             holder = body._modules.setdefault(path, nn.Module())
-            holder.__dict__[local] = tensor  # type: ignore[union-attr]
+            holder.__dict__[local] = tensor
     binding = binding_of(root)
     for local in binding.names if binding is not None else ():
         setattr(type(body), local, getattr(type(root), local))

@@ -161,9 +161,9 @@ def _declare_in(data: Any) -> Declaration:
         case {"ref": [*targets], **rest} if not rest and targets and all(isinstance(t, str) for t in targets):
             return Ref(tuple(targets))
         case {**single} if len(single) == 1:
-            name, options = next(iter(single.items()))
-            if isinstance(name, str) and isinstance(options, Mapping) and all(isinstance(key, str) for key in options):
-                return _entry(name, options)
+            entry, options = next(iter(single.items()))
+            if isinstance(entry, str) and isinstance(options, Mapping) and all(isinstance(key, str) for key in options):
+                return _entry(entry, options)
     raise SpecError(f"got the declaration {data!r}; expected the name of a catalogue entry or {{name: {{option: value}}}}")
 
 

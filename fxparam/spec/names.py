@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 PARAMETRIZATIONS = "parametrizations"
 """The child under which an owner keeps its parametrizations, as in ``torch.nn.utils.parametrize``."""
@@ -102,7 +102,7 @@ def _places(
 
 def _tie_key(tensor: Tensor) -> object:
     # A lazy, an empty or a storage-less tensor has no address to compare: it is tied only to itself.
-    if isinstance(tensor, UninitializedTensorMixin) or tensor.layout is not torch.strided or tensor.numel() == 0:
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.numel() == 0:
         return id(tensor)
     if tensor.device.type == "meta":
         return id(tensor)

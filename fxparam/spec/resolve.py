@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 import networkx as nx
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from fxparam.declaration import Declaration, Existing, Ref, steps_of
 from fxparam.errors import SpecError
@@ -87,7 +87,7 @@ def _matched(rule: Selector, rows: Sequence[NamedTensor]) -> tuple[NamedTensor, 
 
 
 def _check(row: NamedTensor, rule: Selector, declaration: Declaration) -> None:
-    if isinstance(row.tensor, UninitializedTensorMixin):
+    if is_lazy(row.tensor):
         raise SpecError(f"{row.name} is lazy and has no shape yet; run the model once on an input, then transform it")
     extends = isinstance(steps_of(declaration)[0], Existing)
     if row.computed and not extends:

@@ -69,7 +69,10 @@ class Binding:
     @property
     def runtime(self) -> WeightReader | None:
         """The reader in charge: a tracer during a trace, else the runtime, else none."""
-        return _tracing.get() or (self._runtime and self._runtime())
+        tracer = _tracing.get()
+        if tracer is not None:
+            return tracer
+        return None if self._runtime is None else self._runtime()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return Binding(dict(self.names), dict(self.homes), dict(self.order))
@@ -113,7 +116,8 @@ def install(owner: nn.Module, binding: Binding) -> None:
         owner._buffers.pop(name, None)
         owner.__dict__.pop(name, None)
     owner.__dict__[BINDING] = binding
-    owner.__class__ = owner_class(type(owner), tuple(binding.names))
+    base: Any = type(owner)
+    owner.__class__ = owner_class(base, tuple(binding.names))
     if isinstance(owner, nn.RNNBase):
         # The list of flat weights is a property now; a stale copy must not shadow it.
         owner.__dict__.pop("_flat_weights", None)
@@ -132,7 +136,7 @@ def binding_of(module: nn.Module) -> Binding | None:
 
 
 @cache
-def owner_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def owner_class(base: Any, names: tuple[str, ...]) -> Any:
     """The subclass of ``base`` in which ``names`` are computed. One class per base and names, so that pickling finds it."""
     body: dict[str, Any] = {name: _weight_property(name) for name in names}
     if issubclass(base, nn.RNNBase):
@@ -191,7 +195,7 @@ def _reduce(base: type[nn.Module], names: tuple[str, ...]) -> Any:
     return __reduce_ex__
 
 
-def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _new(base: Any, names: tuple[str, ...]) -> Any:
     cls = owner_class(base, names)
     return cls.__new__(cls)
 

@@ -113,7 +113,7 @@ def user_line(frame: FrameType | None = None) -> str:
         module = frame.f_globals.get("__name__", "")
         if module.split(".")[0] not in ("torch", "fxparam", "contextlib"):
             return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 

@@ -8,6 +8,7 @@ checkpoints go both ways.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class SiteModule(nn.ModuleList):
             latent.copy_(value)
 
 
-def invert(step: nn.Module, weight: Tensor | tuple[Tensor, ...], *, project: bool) -> Tensor | tuple[Tensor, ...]:
+def invert(step: Any, weight: Tensor | tuple[Tensor, ...], *, project: bool) -> Tensor | tuple[Tensor, ...]:
     """One step of a chain backwards.
 
     Raises:

@@ -246,7 +246,7 @@ def _key(site: SiteModule, local: Mapping[str, Tensor], reads: Mapping[str, Tens
 
 def describe(module: nn.Module) -> Hashable | None:
     """The type and options of a module as a hashable value, or None where an attribute cannot be compared."""
-    parts: list[Hashable] = [type(module)]
+    parts: list[Any] = [type(module)]
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules"):
             parts.append((name, tuple(value)))

@@ -108,8 +108,8 @@ def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
 class _Proxy(fx.Proxy):
     """A traced value that stays in place under ``+=`` and refuses to be asked for its type."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         frame = sys._getframe(1)
         # isinstance(x, nn.Parameter) asks by way of a metaclass.
         while frame.f_back is not None and frame.f_globals.get("__name__") == "torch.nn.parameter":
@@ -128,6 +128,8 @@ class _TensorProxy(_Proxy):
     def __init__(self, node: fx.Node, tracer: fx.Tracer, value: Tensor) -> None:
         super().__init__(node, tracer)
         self.__dict__["known"] = value
+
+    known: Any
 
     def size(self, dim: int | None = None) -> Any:
         """The shape, or one of its sizes."""
@@ -157,12 +159,12 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
 for _name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "itemsize", "is_sparse"):
-    setattr(_TensorProxy, _name, property(lambda self, name=_name: getattr(self.known, name)))
+    setattr(_TensorProxy, _name, property(lambda self, name=_name: getattr(self.known, name)))  # type: ignore[misc]
 
 
 class _Tracer(fx.Tracer):
     def __init__(self, root: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.weights = weights
         self.proxy_buffer_attributes = True
         self.modes = ambient_modes()
@@ -237,7 +239,7 @@ class _Tracer(fx.Tracer):
                 self.looked_into.append(m)
             return forward(*args, **kwargs)
         self.leaves[path] = m
-        result = self.create_proxy("call_module", path, args, kwargs)
+        result: Any = self.create_proxy("call_module", path, args, kwargs)
         if isinstance(m, nn.MultiheadAttention):
             bound = inspect.signature(type(m).forward).bind(m, *args, **kwargs)
             return (result[0], result[1] if bound.arguments.get("need_weights", True) else None)
