@@ -76,14 +76,15 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
 def read(path: Path) -> Any:
     """Read plain values from YAML or JSON, by the ending of the path."""
+    kind = _kind(path)
     text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(text) if _kind(path) == "json" else _yaml().safe_load(text)
+        return json.loads(text) if kind == "json" else _yaml().safe_load(text)
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is not valid JSON: {error}") from error
     except Exception as error:
         # PyYAML's errors are known only where PyYAML is installed.
-        if _kind(path) == "yaml" and isinstance(error, _yaml().YAMLError):
+        if kind == "yaml" and isinstance(error, _yaml().YAMLError):
             raise SpecError(f"{path} is not valid YAML: {error}") from error
         raise
 

@@ -5,6 +5,7 @@ Weights that read each other form a directed graph (networkx); its topological o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -70,10 +71,16 @@ def resolve(spec: Spec, rows: Sequence[NamedTensor]) -> tuple[Task, ...]:
 def nearest(name: str, names: Iterable[str]) -> str:
     """The hint of an error about an unknown name."""
     names = list(names)
-    near = get_close_matches(name, names, 3, 0.4)
+    by_word = {_words(candidate): candidate for candidate in reversed(names)}
+    near = get_close_matches(_words(name), by_word, 3, 0.4)
     if near:
-        return f"nearest: {', '.join(near)}"
+        return f"nearest: {', '.join(by_word[word] for word in near)}"
     return f"there are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "the model has no tensors"
+
+
+def _words(name: str) -> str:
+    """A name or pattern without what does not help to compare: case, quotes, wildcards, escapes."""
+    return re.sub(r"[^a-z0-9_.]|re\.compile", "", name.lower())
 
 
 def _matched(rule: Selector, rows: Sequence[NamedTensor]) -> tuple[NamedTensor, ...]:
@@ -82,7 +89,7 @@ def _matched(rule: Selector, rows: Sequence[NamedTensor]) -> tuple[NamedTensor, 
     found = [row for row in found if not row.is_buffer] or found
     if not found:
         names = [name for row in visible for name in row.aliases]
-        raise SpecError(f"rule {rule} matches nothing; {nearest(str(rule).strip(chr(39)), names)}")
+        raise SpecError(f"rule {rule} matches nothing; {nearest(str(rule), names)}")
     return tuple(found)
 
 

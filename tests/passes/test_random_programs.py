@@ -38,8 +38,8 @@ def row_write(g: fx.Graph, a: fx.Node, b: fx.Node) -> fx.Node:
 
 
 def view_write(g: fx.Graph, a: fx.Node, b: fx.Node) -> fx.Node:
-    flat = g.call_method("view", (g.call_method("t", (a,)), -1)) if False else g.call_method("select", (a, 0, 1))
-    g.call_method("add_", (flat, g.call_function(operator.getitem, (b, 0))))
+    row = g.call_method("select", (a, 0, 1))
+    g.call_method("add_", (row, g.call_function(operator.getitem, (b, 0))))
     return a
 
 
@@ -120,36 +120,38 @@ def fresh() -> dict[str, Tensor]:
     return {"p": p.requires_grad_(), "q": q.requires_grad_(), "buffer": buffer}
 
 
-def call(execute: Any, graph: fx.Graph, tensors: dict[str, Tensor], leaves: dict[str, Tensor], seed: int) -> list[Any]:
+def call(execute: Any, graph: fx.Graph, tensors: dict[str, Tensor], leaves: dict[str, Tensor], seed: int) -> dict[str, Any]:
     """Outputs, gradients and buffers after one call."""
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(N, N, generator=gen, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(seed)
     outputs = execute(graph, tensors, x * 1)
+    seen = {f"output {k}": o.detach().clone() for k, o in enumerate(outputs)}
     scalar = sum((o * torch.linspace(1, 2, N * N).view(N, N)).sum() for o in outputs)
-    inputs = [t for t in (x, leaves["p"], leaves["q"]) if t.requires_grad]
-    grads = (
-        torch.autograd.grad(scalar, inputs, allow_unused=True, materialize_grads=True, retain_graph=True)
-        if scalar.requires_grad
-        else []
-    )
-    return [*(o.detach().clone() for o in outputs), *grads, leaves["buffer"].clone()]
+    wanted = {"x": x, **{name: t for name, t in leaves.items() if t.requires_grad}}
+    if scalar.requires_grad:
+        grads = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True, materialize_grads=True, retain_graph=True)
+        seen |= {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return seen | {"buffer": leaves["buffer"].clone()}
 
 
-def same(found: list[Any], expected: list[Any]) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, equal_nan=True)
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for key, wanted in expected.items():
+        torch.testing.assert_close(found[key], wanted, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def expected_calls(execute: Any, graph: fx.Graph) -> list[list[Any]]:
+def expected_calls(execute: Any, graph: fx.Graph) -> list[dict[str, Any]]:
     tensors = fresh()
     try:
-        return [call(execute, graph, tensors, tensors, seed) for seed in range(3)]
+        seen = [call(execute, graph, tensors, tensors, seed) for seed in range(3)]
     except RuntimeError:
         # In place on a leaf that trains, or on what a backward needs: no program of PyTorch's either.
         assume(False)
         raise
+    # Beyond this, rounding decides.
+    assume(all(t.isfinite().all() and t.abs().max() < 1e4 for one in seen for t in one.values()))
+    return seen
 
 
 @given(graph=programs())
@@ -158,7 +160,7 @@ def test_prologue_and_body_are_the_program(execute: Any, graph: fx.Graph) -> Non
     tensors = fresh()
     program = run(Program(graph, tensors), (Simplify(), Hoist()))
     assert program.prologue is not None and program.body is not None
-    (values,) = [execute(program.prologue, program.tensors, *(program.tensors[name] for name in program.sources))]
+    values = execute(program.prologue, program.tensors, *(program.tensors[name] for name in program.sources))
     kept = {**program.tensors, **dict(zip(program.values, values, strict=True))}
     for seed, wanted in enumerate(expected):
         same(call(execute, program.body, kept, tensors, seed), wanted)
@@ -177,15 +179,15 @@ def test_simplify_keeps_the_program(execute: Any, graph: fx.Graph) -> None:
 @given(graph=programs())
 def test_fold_keeps_the_values(execute: Any, graph: fx.Graph) -> None:
     expected = expected_calls(execute, graph)
-    tensors = fresh()
+    tensors = {name: t.detach() for name, t in fresh().items()}
     program = run(Program(graph, tensors), (Fold(),))
     assert Fold().rewrite(program) is program
-    folded = {name: t.detach() if name in ("p", "q") else t for name, t in program.tensors.items()}
     for seed, wanted in enumerate(expected):
-        found = call(execute, program.graph, folded, {**folded, "p": folded["p"], "buffer": tensors["buffer"]}, seed)
-        n_outputs = len(wanted) - 1 - (3 if len(wanted) > 4 else 0)
-        same(found[: max(1, min(n_outputs, len(found)))], wanted[: max(1, min(n_outputs, len(found)))])
-        same(found[-1:], wanted[-1:])
+        found = call(execute, program.graph, dict(program.tensors), tensors, seed)
+        same(
+            {k: v for k, v in found.items() if not k.startswith("gradient")},
+            {k: v for k, v in wanted.items() if not k.startswith("gradient")},
+        )
 
 
 def test_the_programs_have_prologues(execute: Any) -> None:
