@@ -132,7 +132,7 @@ def main() -> None:
     training, test = load()
     plain = DigitReader(HIDDEN)
     spec = fxp.Spec({RECURRENT: fxp.orthogonal(map="cayley")})
-    model = fxp.transform(plain, spec, copy=True)  # copy: both start from the same weights and go their own ways
+    model = fxp.transform(plain, spec, copy=True)  # copy: the two share no tensor and train apart
     print(model.report)
 
     with counting(model.cell) as reads:

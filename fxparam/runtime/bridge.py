@@ -194,10 +194,19 @@ class Published:
     def lease(self, number: int) -> dict[int, Tensor]:
         """Fresh aliases of the values of one component, by position: with gradient if grad mode is on, else without."""
         component = self.components[number]
-        if not torch.is_grad_enabled() or not any(self.values[at].requires_grad for at in component.values):
+        if not self.trains(number):
             return {at: self.values[at].detach() for at in component.values}
+        return dict(zip(component.values, Lease.apply(self.graph, *self.outputs(number)), strict=True))
+
+    def trains(self, number: int) -> bool:
+        """Whether a forward under the present grad mode needs gradients for this component."""
+        return torch.is_grad_enabled() and any(self.values[at].requires_grad for at in self.components[number].values)
+
+    def outputs(self, number: int) -> tuple[Tensor, ...]:
+        """The values of one component behind their ``Refresh`` node, in the order of its values."""
         outputs = self._outputs[number]
         if outputs is None:
+            component = self.components[number]
             outputs = Refresh.apply(self.graph, component, *(self.sources[at] for at in component.sources))
             self._outputs[number] = outputs
-        return dict(zip(component.values, Lease.apply(self.graph, *outputs), strict=True))
+        return outputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -75,6 +76,30 @@ class ParametrizedModule(nn.Module):
         with self._fxp_runtime.forward() as plan:
             run = plan.body if plan is not None and plan.takes(args, kwargs) else self._fxp_live
             return run(*args, **kwargs)
+
+    def defer_backward(self) -> AbstractContextManager[None]:
+        """Inside the block, backward stops at the weights; leaving it sends the sum of all gradients through the prologue.
+
+        Put all micro-batches of a step inside, and clipping, unscaling and ``optimizer.step()`` after it:
+
+            with model.defer_backward():
+                for x in micro_batches:
+                    model(x).backward()
+            optimizer.step()
+
+        An exception discards the sums, and so does ``model.zero_grad()``. Blocks of other threads and nested blocks are
+        separate. Under ``DistributedDataParallel`` run all but the last micro-batch under ``no_sync()``, all inside.
+
+        Raises:
+            DeferralError: the latents are sharded (FSDP2); later: ``optimizer.step()`` inside the block, or a backward with
+                ``create_graph=True``.
+        """
+        return self._fxp_runtime.defer_backward()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients, and forget those that ``defer_backward`` still holds."""
+        self._fxp_runtime.discard_deferred()
+        super().zero_grad(set_to_none)
 
     def train(self, mode: bool = True) -> ParametrizedModule:
         """Training or eval mode, for the whole model."""

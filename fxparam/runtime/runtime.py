@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxparam.errors import StaleWeightsError
+from fxparam.errors import DeferralError, StaleWeightsError
 from fxparam.program import Site
 from fxparam.runtime import steps
 from fxparam.runtime.bridge import PrivateGraph, Published, private_aliases
+from fxparam.runtime.deferral import Block, refuse_sharded
 from fxparam.runtime.plan import Plan, make_plan
 from fxparam.spec.names import first_names
 from fxparam.tracer.delivery import binding_of
@@ -83,8 +85,8 @@ class _Entry:
 class _Frame:
     """What one root forward (or nothing, outside of one) reads: leases made on first use, for each grad mode."""
 
-    def __init__(self, entry: _Entry) -> None:
-        self.entry = entry
+    def __init__(self, entry: _Entry, block: Block | None) -> None:
+        self.entry, self.block = entry, block
         self.leases: dict[tuple[bool, int], dict[int, Tensor]] = {}
 
     def read(self, name: str) -> Tensor:
@@ -92,8 +94,20 @@ class _Frame:
         key = (torch.is_grad_enabled(), number)
         lease = self.leases.get(key)
         if lease is None:
-            lease = self.leases[key] = self.entry.published.lease(number)
+            lease = self._lease(number)
         return lease[at]
+
+    def _lease(self, number: int) -> dict[int, Tensor]:
+        published = self.entry.published
+        if self.block is None or not published.trains(number):
+            lease = published.lease(number)
+            self.leases[torch.is_grad_enabled(), number] = lease
+            return lease
+        # All components that train together: a synchronizing backward must carry every sum, whatever its loss reaches.
+        numbers = [other for other in range(len(published.components)) if published.trains(other)]
+        values = self.block.lease(published, numbers)
+        self.leases |= {(True, other): values for other in numbers}
+        return values
 
 
 class _InlineFrame(dict[str, Tensor]):
@@ -124,6 +138,7 @@ class Runtime:
         self._checking = os.environ.get("FXPARAM_CHECK", "") not in ("", "0")
         self._lock = threading.RLock()
         self._local = threading.local()
+        self._blocks: weakref.WeakSet[Block] = weakref.WeakSet()
         for module in root.modules():
             binding = binding_of(module)
             if binding is not None:
@@ -254,7 +269,7 @@ class Runtime:
             self.stats.hits += 1
             if self._checking:
                 self._recompute_and_compare(entry)
-            return _Frame(entry)
+            return _Frame(entry, self._block())
         if any(not isinstance(registry.get(name), nn.Parameter) for registry, name in self._parameters):
             # functional_call and replicas put other tensors in place of the parameters for a while.
             self.stats.inlined += 1
@@ -263,7 +278,45 @@ class Runtime:
             entry = self._entry
             if entry is None or not self._current(entry):
                 entry = self._entry = self._refresh()
-            return _Frame(entry)
+            return _Frame(entry, self._block())
+
+    def _block(self) -> Block | None:
+        blocks = getattr(self._local, "blocks", None)
+        return blocks[-1] if blocks else None
+
+    @contextmanager
+    def defer_backward(self) -> Iterator[None]:
+        """See :meth:`fxparam.ParametrizedModule.defer_backward`."""
+        refuse_sharded(tensor for module in self._modules for tensor in module.parameters())
+        blocks: list[Block] = self._local.__dict__.setdefault("blocks", [])
+        block = Block()
+        blocks.append(block)
+        self._blocks.add(block)
+        try:
+            yield
+        except BaseException:
+            block.discard()
+            raise
+        finally:
+            block.open = False
+            blocks.remove(block)
+        block.flush()
+
+    def discard_deferred(self) -> None:
+        """Forget all sums that have not passed the prologue."""
+        for block in list(self._blocks):
+            block.discard()
+
+    def before_step(self, held: frozenset[int]) -> None:
+        """An optimizer is about to step.
+
+        Raises:
+            DeferralError: it holds latents whose gradient is still deferred.
+        """
+        if any(not held.isdisjoint(block.pending()) for block in list(self._blocks)):
+            raise DeferralError(
+                "optimizer.step() while gradients are deferred: leave the block of model.defer_backward() first"
+            )
 
     def _modes(self) -> tuple[object, ...]:
         autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")

@@ -6,11 +6,14 @@ import weakref
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
 class Stepped(Protocol):
     """What wants to know of steps."""
+
+    def before_step(self, held: frozenset[int]) -> None:
+        """An optimizer is about to step that holds the tensors with these ids. May raise, and so stop it."""
 
     def after_step(self, held: frozenset[int]) -> bool:
         """An optimizer stepped that holds the tensors with these ids. Returns whether any of them is a source here."""
@@ -34,11 +37,22 @@ _HANDLES: list[Any] = []
 
 def _installed() -> None:
     if not _HANDLES:
+        _HANDLES.append(register_optimizer_step_pre_hook(_before_step))
         _HANDLES.append(register_optimizer_step_post_hook(_after_step))
 
 
+def _held(optimizer: Optimizer) -> frozenset[int]:
+    return frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    held = _held(optimizer)
+    for listener in list(_LISTENERS):
+        listener.before_step(held)
+
+
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    held = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    held = _held(optimizer)
     listeners = list(_LISTENERS)
     if not any([listener.after_step(held) for listener in listeners]):
         for listener in listeners:

@@ -1,0 +1,167 @@
+"""``defer_backward``: one backward of the prologue for all micro-batches of a step.
+
+Inside a block the weights of a forward are cut off from the latents; backward stops at them and their gradients are summed.
+Leaving the block sends the sums through the prologue. Gradients are linear in the gradients of the weights, so the result is
+the same, and sums of half precision are kept in float32.
+
+Under ``DistributedDataParallel`` the forward that will synchronize is not cut off: its backward carries the sums along, so
+that the reducer sees one complete gradient.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fxparam.errors import DeferralError
+from fxparam.runtime.bridge import Published
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Block:
+    """One ``defer_backward`` block of one thread: the sums of gradients that have not passed the prologue yet."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.synchronizes = False
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._sums: dict[Published, dict[int, Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def lease(self, published: Published, numbers: Sequence[int]) -> dict[int, Tensor]:
+        """The values of some components, by position, for one forward: cut off, or carrying the sums where DDP synchronizes."""
+        at = [position for number in numbers for position in published.components[number].values]
+        with torch.inference_mode(False):
+            if not _synchronizing():
+                return dict(zip(at, _Deferred.apply(self, published, at, self.anchor), strict=True))
+            self.synchronizes = True
+            outputs = [output for number in numbers for output in published.outputs(number)]
+            return dict(zip(at, _Carrying.apply(self, published, at, *outputs), strict=True))
+
+    def add(self, published: Published, at: Iterable[int], gradients: Iterable[Tensor | None]) -> None:
+        """Add gradients of values to the sums."""
+        with self._lock, torch.no_grad():
+            sums = self._sums.setdefault(published, {})
+            for position, gradient in zip(at, gradients, strict=True):
+                if gradient is not None:
+                    wide = gradient.float() if gradient.dtype in _HALF else gradient
+                    sums[position] = sums[position] + wide if position in sums else wide.detach().clone()
+        if not self.open:
+            # A loss of the block whose backward comes after it.
+            torch.autograd.Variable._execution_engine.queue_callback(self.flush)
+
+    def take(self, published: Published, position: int) -> Tensor | None:
+        """Remove and return the sum for one value."""
+        with self._lock:
+            sums = self._sums.get(published, {})
+            total = sums.pop(position, None)
+        return None if total is None else total.to(published.values[position].dtype)
+
+    def pending(self) -> set[int]:
+        """The ids of the latents that wait for a gradient."""
+        with self._lock:
+            return {
+                id(published.sources[source])
+                for published, sums in self._sums.items()
+                for component in published.components
+                if not sums.keys().isdisjoint(component.values)
+                for source in component.sources
+            }
+
+    def discard(self) -> None:
+        """Forget the sums: an exception left the block, or gradients were set to zero."""
+        with self._lock:
+            self._sums.clear()
+
+    def flush(self) -> None:
+        """Send the sums through the prologue into the gradients of the latents."""
+        with self._lock:
+            sums, self._sums = self._sums, {}
+        for published, found in sums.items():
+            if not found:
+                continue
+            if self.synchronizes:
+                raise DeferralError(
+                    "the backward that DistributedDataParallel synchronizes did not reach every weight that an earlier "
+                    "micro-batch did, so its gradient would be added on this rank only; let the last loss of the block use "
+                    "the same weights, or leave out defer_backward()"
+                )
+            outputs, gradients = [], []
+            with torch.enable_grad():
+                for number, component in enumerate(published.components):
+                    if found.keys().isdisjoint(component.values):
+                        continue
+                    for position, output in zip(component.values, published.outputs(number), strict=True):
+                        if position in found:
+                            outputs.append(output)
+                            gradients.append(found[position].to(output.dtype))
+            torch.autograd.backward(outputs, gradients)
+
+
+class _Deferred(torch.autograd.Function):
+    """Values cut off from the latents: no hook of theirs fires, and no graph is kept beyond the values."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Block, published: Published, at: list[int], anchor: Tensor) -> tuple[Tensor, ...]:
+        ctx.block, ctx.published, ctx.at = block, published, at
+        return _aliases(ctx, published, at)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and any(gradient is not None and gradient.requires_grad for gradient in gradients):
+            raise DeferralError(
+                "backward(create_graph=True) inside defer_backward() would have to differentiate the deferred part; take "
+                "this loss out of the block"
+            )
+        ctx.block.add(ctx.published, ctx.at, gradients)
+        return None, None, None, None
+
+
+class _Carrying(torch.autograd.Function):
+    """Values connected to the latents, whose backward adds what was deferred before."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Block, published: Published, at: list[int], *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.block, ctx.published, ctx.at = block, published, at
+        return _aliases(ctx, published, at)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        total: list[Tensor | None] = []
+        for position, gradient in zip(ctx.at, gradients, strict=True):
+            deferred = ctx.block.take(ctx.published, position)
+            total.append(gradient if deferred is None else deferred if gradient is None else gradient + deferred)
+        return (None, None, None, *total)
+
+
+def _aliases(ctx: Any, published: Published, at: Sequence[int]) -> tuple[Tensor, ...]:
+    ctx.set_materialize_grads(False)
+    aliases = tuple(published.values[position].detach() for position in at)
+    fixed = [alias for alias, position in zip(aliases, at, strict=True) if not published.values[position].requires_grad]
+    ctx.mark_non_differentiable(*fixed)
+    return aliases
+
+
+def _synchronizing() -> bool:
+    """Whether this forward runs inside a DistributedDataParallel that will synchronize in its backward."""
+    active = DistributedDataParallel._active_ddp_module
+    return active is not None and active.require_backward_grad_sync
+
+
+def refuse_sharded(latents: Iterable[Tensor]) -> None:
+    """Deferral needs the latents after backward; FSDP2 has freed them by then.
+
+    Raises:
+        DeferralError: a latent is sharded.
+    """
+    if any(type(latent).__name__ == "DTensor" or type(latent.data).__name__ == "DTensor" for latent in latents):
+        raise DeferralError(
+            "defer_backward() with fully_shard (FSDP2): the latents are sharded and freed after each backward; leave "
+            "defer_backward() out, the weights are still computed once per forward"
+        )
