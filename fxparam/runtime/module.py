@@ -67,15 +67,39 @@ class ParametrizedModule(nn.Module):
         state["training"] = live.training
         options = state["_fxp_options"]
         state["_fxp_runtime"] = Runtime(live, state["_fxp_sites"], trace=options["trace"], why_live=options["why_live"])
+        state["_fxp_inline"], state["_fxp_compiled"] = state["_fxp_runtime"].inline, None
         state["_fxp_checkpoints"] = Checkpoints(live, self._fxp_sites, options["legacy"])
 
     # --- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the user's model computes."""
+        if torch.compiler.is_compiling():
+            return self._with_values(self._fxp_live, self._fxp_runtime.compute_all(), args, kwargs)
         with self._fxp_runtime.forward() as plan:
             run = plan.body if plan is not None and plan.takes(args, kwargs) else self._fxp_live
+            if self._fxp_compiled is not None and plan is not None:
+                return self._fxp_compiled(run, self._fxp_runtime.read_all(plan), args, kwargs)
             return run(*args, **kwargs)
+
+    def _with_values(self, run: Any, values: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        inline = self._fxp_inline
+        inline.values = values
+        try:
+            return run(*args, **kwargs)
+        finally:
+            inline.values = None
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the body; weights stay cached and are computed once per optimizer step. The way to compile a model.
+
+        ``torch.compile(model)`` computes the weights inside its graph instead, at each forward.
+
+        Args:
+            *args: as for ``torch.compile``.
+            **kwargs: as for ``torch.compile``.
+        """
+        self.__dict__["_fxp_compiled"] = torch.compile(self._with_values, *args, **kwargs)
 
     def defer_backward(self) -> AbstractContextManager[None]:
         """Inside the block, backward stops at the weights; leaving it sends the sum of all gradients through the prologue.
@@ -321,7 +345,7 @@ class ParametrizedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans and caches are derived; the shared registries come back from the live tree.
-        derived = ("_fxp_runtime", "_fxp_checkpoints", *_SHARED)
+        derived = ("_fxp_runtime", "_fxp_checkpoints", "_fxp_inline", "_fxp_compiled", *_SHARED)
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

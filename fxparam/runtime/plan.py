@@ -19,7 +19,7 @@ from fxparam.program import Fragment, Program, Record, Site, run
 from fxparam.program.line import CONSTANTS, HOISTED
 from fxparam.runtime.bridge import Component
 from fxparam.spec.names import named_tensors, split
-from fxparam.tracer.delivery import WeightReader, binding_of
+from fxparam.tracer.delivery import Inline, WeightReader, binding_of
 from fxparam.tracer.site import SiteModule
 from fxparam.tracer.site_tracing import OpaqueSite, SiteTracer
 from fxparam.tracer.symbolic import TracedBody, trace_body
@@ -70,7 +70,14 @@ class Plan:
 
 
 def make_plan(
-    root: nn.Module, sites: Sequence[Site], *, trace: bool, why_live: str, reader: WeightReader, tracer: SiteTracer
+    root: nn.Module,
+    sites: Sequence[Site],
+    *,
+    trace: bool,
+    why_live: str,
+    reader: WeightReader,
+    inline: Inline,
+    tracer: SiteTracer,
 ) -> Plan:
     """Trace, transform and compile.
 
@@ -80,6 +87,7 @@ def make_plan(
         trace: whether to look for a graph of the body.
         why_live: if not, why.
         reader: what hoisted values are asked of when the body runs.
+        inline: where they are instead while a compiler runs it.
         tracer: traces the sites.
     """
     fragments, weights = _fragments(root, sites, tracer)
@@ -111,7 +119,7 @@ def make_plan(
             Program(empty, tensors, opaque, steady, trail=_notes(fragments)),
             training_pipeline(fragments, weights, model=False),
         )
-    return _compile(root, program, traced, why_live, volatile, opaque, reader)
+    return _compile(root, program, traced, why_live, volatile, opaque, reader, inline)
 
 
 def _fragments(root: nn.Module, sites: Sequence[Site], tracer: SiteTracer) -> tuple[dict[str, Fragment], dict[str, Tensor]]:
@@ -164,6 +172,7 @@ def _compile(
     volatile: frozenset[str],
     opaque: Mapping[str, nn.Module],
     reader: WeightReader,
+    inline: Inline,
 ) -> Plan:
     assert program.prologue is not None
     constants = {name: tensor for name, tensor in program.tensors.items() if name.startswith(f"{CONSTANTS}.")}
@@ -186,7 +195,7 @@ def _compile(
         values=program.values,
         components=components,
         component_of=component_of,
-        body=None if program.body is None else _body_module(root, program, constants, traced, reader),
+        body=None if program.body is None else _body_module(root, program, constants, traced, reader, inline),
         traced=traced if program.body is not None else None,
         why_live=why_live,
         volatile=volatile,
@@ -224,7 +233,7 @@ def _body_module(
     """The body as a module that shares the live modules: weights arrive through the properties of their owners."""
     assert program.body is not None and traced is not None
     body = fx.GraphModule(nn.Module(), fx.Graph(), type(root).__name__)
-    body._modules = {**root._modules, HOISTED: _Reader(reader, HOISTED)}
+    body._modules = {**root._modules, HOISTED: _Reader(reader, inline, HOISTED)}
     body._parameters, body._buffers = root._parameters, root._buffers
     for name, tensor in {**constants, **traced.tensors}.items():
         path, local = split(name)
@@ -243,13 +252,16 @@ def _body_module(
 class _Reader(nn.Module):
     """Stands in a body for the values that were hoisted out of it: ``hoisted.<name>``."""
 
-    def __init__(self, reader: WeightReader, prefix: str) -> None:
+    def __init__(self, reader: WeightReader, inline: Inline, prefix: str) -> None:
         super().__init__()
-        self.__dict__["reader"], self.__dict__["prefix"] = reader, prefix
+        self.__dict__.update(reader=reader, inline=inline, prefix=prefix)
 
     def __getattr__(self, name: str) -> Any:
         state = self.__dict__
-        return state["reader"].read_weight(f"{state['prefix']}.{name}")
+        full = f"{state['prefix']}.{name}"
+        if torch.compiler.is_compiling():
+            return state["inline"].values[full]
+        return state["reader"].read_weight(full)
 
 
 def _module(root: nn.Module, name: str) -> SiteModule:

@@ -34,7 +34,7 @@ from fxparam.runtime.bridge import PrivateGraph, Published, private_aliases
 from fxparam.runtime.deferral import Block, refuse_sharded
 from fxparam.runtime.plan import Plan, make_plan
 from fxparam.spec.names import first_names
-from fxparam.tracer.delivery import binding_of
+from fxparam.tracer.delivery import Inline, binding_of
 from fxparam.tracer.site import SiteModule
 from fxparam.tracer.site_tracing import SiteTracer
 
@@ -128,6 +128,7 @@ class Runtime:
         self.root, self.sites = root, tuple(sites)
         self.trace, self.why_live = trace, why_live
         self.stats = Stats()
+        self.inline = Inline()
         self._site_of = {alias: site for site in self.sites for aliases in site.aliases for alias in aliases}
         self._modules: tuple[SiteModule, ...] = tuple(root.get_submodule(site.home) for site in self.sites)  # type: ignore[misc]
         self._maps = [module for site in self._modules for module in site.modules()]
@@ -142,7 +143,7 @@ class Runtime:
         for module in root.modules():
             binding = binding_of(module)
             if binding is not None:
-                binding.bind(self)
+                binding.bind(self, self.inline)
         self.volatile: frozenset[str] = frozenset()
         self._parameters: tuple[tuple[dict[str, Any], str], ...] = ()
         # Made now, while the tensors are the model's own: later a forward may run under a transform of PyTorch's.
@@ -182,6 +183,19 @@ class Runtime:
         value = module(*(self.tensor(read) for read in site.reads))
         values = value if isinstance(value, tuple) else (value,)
         return {alias: one for aliases, one in zip(site.aliases, values, strict=True) for alias in aliases}
+
+    def read_all(self, plan: Plan) -> dict[str, Tensor]:
+        """All weights and hoisted values of the current forward, by name."""
+        return {name: self.read_weight(name) for name in (*plan.values, *sorted(self.volatile))}
+
+    def compute_all(self) -> dict[str, Tensor]:
+        """All weights, computed in place: for compilers, which put the computation into their own graph."""
+        values: dict[str, Tensor] = {}
+        for site, module in zip(self.sites, self._modules, strict=True):
+            result = module(*[values[read] if read in values else self.tensor(read) for read in site.reads])
+            for name, value in zip(site.names, result if isinstance(result, tuple) else (result,), strict=True):
+                values[name] = value
+        return values
 
     def tensor(self, name: str) -> Tensor:
         """A weight or a registered tensor, by its dotted name."""
@@ -237,7 +251,9 @@ class Runtime:
             torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext(),
         ):
             tracer = SiteTracer(first_names(self.root))
-            plan = make_plan(self.root, self.sites, trace=self.trace, why_live=self.why_live, reader=self, tracer=tracer)
+            plan = make_plan(
+                self.root, self.sites, trace=self.trace, why_live=self.why_live, reader=self, inline=self.inline, tracer=tracer
+            )
         self.volatile = frozenset(
             alias for site in self.sites if site.home in plan.volatile for aliases in site.aliases for alias in aliases
         )

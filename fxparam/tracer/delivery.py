@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fxparam.errors import FxparamError, SpecError
@@ -46,6 +47,20 @@ def weights_read_by(reader: WeightReader) -> Iterator[None]:
         _tracing.reset(token)
 
 
+class Inline:
+    """Where weights wait for their readers while ``torch.compile`` or ``torch.export`` runs the Python of a model.
+
+    Attributes:
+        values: the weights and hoisted values of the forward that is being traced, by dotted name; else None.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inline:
+        return Inline()
+
+
 class Binding:
     """The link from one owner to the runtime that computes its weights.
 
@@ -61,10 +76,11 @@ class Binding:
     def __init__(self, names: dict[str, str], homes: dict[str, tuple[str, int]], order: dict[str, tuple[str, ...]]) -> None:
         self.names, self.homes, self.order = names, homes, order
         self._runtime: weakref.ref[WeightReader] | None = None
+        self._inline: Inline | None = None
 
-    def bind(self, runtime: WeightReader) -> None:
-        """Read weights from this runtime from now on."""
-        self._runtime = weakref.ref(runtime)
+    def bind(self, runtime: WeightReader, inline: Inline) -> None:
+        """Read weights from this runtime from now on, or from ``inline`` where a compiler runs the code."""
+        self._runtime, self._inline = weakref.ref(runtime), inline
 
     @property
     def runtime(self) -> WeightReader | None:
@@ -82,9 +98,20 @@ class Binding:
 
     def read(self, owner: nn.Module, name: str) -> Tensor:
         """The weight ``name`` of ``owner``."""
+        if torch.compiler.is_compiling():
+            return self._read_inline(owner, name)
         runtime = self.runtime
         if runtime is not None:
             return runtime.read_weight(self.names[name])
+        return self._compute(owner, name)
+
+    def _read_inline(self, owner: nn.Module, name: str) -> Tensor:
+        # No lock, thread or context is touched here: compilers cannot look into those.
+        if self._inline is not None and self._inline.values is not None:
+            return self._inline.values[self.names[name]]
+        return self._compute(owner, name)
+
+    def _compute(self, owner: nn.Module, name: str) -> Tensor:
         site, position = self._alone(owner, name)
         value = site()
         return value[position] if isinstance(value, tuple) else value
