@@ -86,7 +86,7 @@ def _exported(plain: nn.Module, inputs: tuple[Any, ...], compute_dtype: torch.dt
 
 def exported_program(plain: nn.Module, exported: ExportedProgram) -> Program:
     """An exported model as a program."""
-    module: Any = exported.module(check_guards=False)
+    module: Any = exported.module()
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),

@@ -82,6 +82,7 @@ _MISLEADING = (
     "embedding_bag",
     "moving_avg",
 )
+_CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 _UNKNOWN_METHODS = frozenset(
     "numpy tolist item grad grad_fn register_hook backward retain_grad requires_grad_ set_ data_ptr".split()
 )
@@ -112,6 +113,9 @@ def _unknown(node: fx.Node) -> Effect:
 
 
 def _module_effect(node: fx.Node, module: nn.Module | None) -> Effect:
+    if type(module).__name__ == "GuardsFn":
+        # What torch.export put in front of a graph to check the shapes of the inputs.
+        return Effect(known=False)
     # A module of torch.nn writes to its inputs only where it says so; its own state and randomness keep it in its place.
     if type(module).__module__.startswith("torch.nn.") and not getattr(module, "inplace", False):
         return Effect(known=False, random=True, aliases=True)
@@ -119,7 +123,7 @@ def _module_effect(node: fx.Node, module: nn.Module | None) -> Effect:
 
 
 def _schema_effect(node: fx.Node, target: torch._ops.OpOverload) -> Effect:
-    if any(word in target._schema.name for word in _MISLEADING):
+    if _misleading(target._schema.name.removeprefix("aten::")):
         return _unknown(node)
     schema = target._schema
     named = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
@@ -207,7 +211,7 @@ def _functional_effect(node: fx.Node, name: str) -> Effect:
 def _packet(name: str) -> tuple[bool, bool, bool, bool]:
     """(known, random, writes its first argument, may alias) for the ATen operators of one name, over all overloads."""
     packet = getattr(torch.ops.aten, name, None) if name and not name.startswith("__") else None
-    if not isinstance(packet, torch._ops.OpOverloadPacket) or any(word in name for word in _MISLEADING):
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or _misleading(name):
         return False, True, True, True
     # Overloads with out= are told apart by their keyword, which effect_of has looked at already.
     overloads = [
@@ -221,6 +225,10 @@ def _packet(name: str) -> tuple[bool, bool, bool, bool]:
         any(op._schema.is_mutable for op in overloads),
         any(result.alias_info is not None for op in overloads for result in op._schema.returns) or name in _ALIASING,
     )
+
+
+def _misleading(name: str) -> bool:
+    return name not in _CELLS and any(word in name for word in _MISLEADING)
 
 
 def _is_builtin(target: Any) -> bool:

@@ -68,9 +68,16 @@ class Line:
     def _check_weights(self) -> None:
         for node, name in self.names.items():
             if self.times[node] is BindingTime.call:
-                raise TraceError(
-                    f"the weight {name} cannot be computed ahead: {self.reasons.get(node, 'it depends on an input')}"
-                )
+                raise TraceError(f"the weight {name} cannot be computed ahead: {self._blame(node)}")
+
+    def _blame(self, node: fx.Node) -> str:
+        """The reason at the root of a weight's lateness."""
+        todo = [node]
+        for late in todo:
+            if late in self.reasons:
+                return f"{late}: {self.reasons[late]}"
+            todo += [other for other in late.all_input_nodes if self.times[other] is BindingTime.call]
+        return "it depends on an input"
 
     def _evaluate(self) -> dict[fx.Node, Any]:
         """The present values of what does not depend on an input, weights as given, apart from the sites' insides."""

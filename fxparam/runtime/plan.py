@@ -228,7 +228,12 @@ def _components(program: Program) -> tuple[Component, ...]:
 
 
 def _body_module(
-    root: nn.Module, program: Program, constants: Mapping[str, Tensor], traced: TracedBody | None, reader: WeightReader
+    root: nn.Module,
+    program: Program,
+    constants: Mapping[str, Tensor],
+    traced: TracedBody | None,
+    reader: WeightReader,
+    inline: Inline,
 ) -> fx.GraphModule:
     """The body as a module that shares the live modules: weights arrive through the properties of their owners."""
     assert program.body is not None and traced is not None

@@ -227,6 +227,9 @@ def _check(site: SiteModule, reads: Sequence[Tensor], target: Value, notes: Sequ
                 f"the declaration yields {_describe(new)}, the weight is {_describe(old)}; give a start of the right shape "
                 "with fxp.custom(..., init=...) or mend the map"
             )
+    lost = [label for label, values in (("latents", site.latents), ("weight", got)) if not all(map(_finite, values))]
+    if lost and all(map(_finite, want)):
+        raise SpecError(f"the {lost[0]} would start at NaN or infinity; give another start with fxp.custom(..., init=...)")
     moved = max((_distance(new, old) for new, old in zip(got, want, strict=True)), default=0.0)
     eps = max(torch.finfo(old.dtype).eps if old.is_floating_point() or old.is_complex() else 0.0 for old in want)
     kept = "weight kept" if moved <= 100 * eps else f"weight moved by {moved:.2g} of its norm"
@@ -239,6 +242,10 @@ def _distance(new: Tensor, old: Tensor) -> float:
     scale = float(torch.linalg.vector_norm(old.to(torch.promote_types(old.dtype, torch.float32))))
     change = float(torch.linalg.vector_norm((new - old).to(torch.promote_types(old.dtype, torch.float32))))
     return change / scale if scale else change
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _check_shape_kept(module: nn.Module, value: Value, plain: bool) -> None:

@@ -672,7 +672,10 @@ _FUNCTORCH = "a weight is leased inside of a functorch transform, for which the 
 @pytest.mark.parametrize(
     "kind",
     [
-        *(pytest.param(k, marks=pytest.mark.xfail(strict=True, reason=_FUNCTORCH)) for k in ("vmap", "jacrev", "hessian", "jvp")),
+        *(
+            pytest.param(k, marks=pytest.mark.xfail(strict=True, reason=_FUNCTORCH))
+            for k in ("vmap", "jacrev", "hessian", "jvp")
+        ),
         pytest.param("used before", marks=pytest.mark.xfail(strict=True, reason=_FUNCTORCH)),
         "autograd.functional",
     ],
@@ -682,9 +685,7 @@ def test_transforms_inside_the_forward(kind: str, trace: str) -> None:
     model, oracle = fxp.transform(net, WN, trace=trace), oracle_of(net)
     x = torch.randn(4, 5)
     same(model(x), oracle(x))
-    for a, b in zip(
-        gradients(model, model(x).pow(2).sum()), gradients(oracle, oracle(x).pow(2).sum()), strict=True
-    ):
+    for a, b in zip(gradients(model, model(x).pow(2).sum()), gradients(oracle, oracle(x).pow(2).sum()), strict=True):
         same(a, b)
 
 
@@ -707,7 +708,9 @@ class Normed(nn.Module):
         "eager",
         pytest.param(
             "functional_call",
-            marks=pytest.mark.xfail(strict=True, reason="LOST GRADIENT: a weight computed in place under no_grad is kept for all"),
+            marks=pytest.mark.xfail(
+                strict=True, reason="LOST GRADIENT: a weight computed in place under no_grad is kept for all"
+            ),
         ),
     ],
 )
@@ -726,7 +729,9 @@ def test_a_look_without_gradient_costs_no_gradient(call: str) -> None:
         if call == "eager":
             found.append(list(torch.autograd.grad(loss(module, named), list(named.values()))))
         else:
-            found.append(list(grad(lambda p, module=module: loss(module, p))({k: v.detach() for k, v in named.items()}).values()))
+            found.append(
+                list(grad(lambda p, module=module: loss(module, p))({k: v.detach() for k, v in named.items()}).values())
+            )
     for a, b in zip(*found, strict=True):
         same(a, b)
 
