@@ -107,7 +107,10 @@ def graph_module(root: nn.Module, program: Program) -> fx.GraphModule:
     # Parents first: a module must exist before a tensor is set below it.
     ordered = dict(sorted(attributes.items(), key=lambda item: (item[0].count("."), not isinstance(item[1], nn.Module))))
     folded = fx.GraphModule(ordered, program.graph, type(root).__name__)
-    folded.training = root.training
+    for module in folded.modules():
+        if module is folded or type(module) is nn.Module:
+            # What only holds tensors was made here; the others are the model's own and keep their mode.
+            module.training = root.training
     return folded
 
 

@@ -165,13 +165,21 @@ class _Builder:
 
     def _bind(self, owner: nn.Module, local: str, row: NamedTensor, home: str | None, first: NamedTensor) -> None:
         if id(owner) not in self.bindings:
-            order = {"parameters": tuple(owner._parameters), "buffers": tuple(owner._buffers)}
+            order = {"parameters": self._order(owner), "buffers": tuple(owner._buffers)}
             self.bindings[id(owner)] = (owner, Binding({}, {}, order))
         binding = self.bindings[id(owner)][1]
         binding.names[local] = row.name
         path, site_local = split(row.name)
         if home is not None and self.root.get_submodule(path) is owner:
             binding.homes[local] = (site_local, 0)
+
+    def _order(self, owner: nn.Module) -> tuple[str, ...]:
+        """The names of an owner's parameters; PyTorch forgot the place of those it computes: weights come before biases."""
+        if isinstance(owner, nn.RNNBase):
+            return tuple(owner._flat_weights_names)
+        computed = [local for key, local in self.adopted if key == id(owner) and local not in owner._parameters]
+        first = [local for local in computed if "bias" not in local]
+        return (*first, *owner._parameters, *(local for local in computed if local not in first))
 
     def _keys(self, row: NamedTensor) -> list[tuple[int, str]]:
         return [(id(owner), local) for owner, local in row.places]

@@ -215,4 +215,5 @@ def module_detail(module: nn.Module, *, values: bool) -> tuple[tuple[str, str], 
     for name, tensor in tensors:
         (_, kind), *digest = tensor_detail(tensor, values=values)
         detail += [(name, kind), *((f"{name} value", text) for _, text in digest)]
-    return tuple(detail)
+    # The order in which parameters were registered changes nothing a module computes.
+    return tuple(sorted(detail))

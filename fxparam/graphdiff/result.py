@@ -208,8 +208,6 @@ def _fields(x: Node, y: Node, rewired: tuple[str, str]) -> Iterator[tuple[str, s
     for key in dict.fromkeys([*old, *new]):
         if old.get(key) != new.get(key):
             yield key, old.get(key, ""), new.get(key, "")
-    if x.detail != y.detail and old == new:
-        yield "order of properties", ", ".join(old), ", ".join(new)
 
 
 def _inputs_moved(diff: GraphDiff, moves: list[tuple[tuple[int, int], list[tuple[Edge, Edge]]]]) -> Iterator[Moved]:

@@ -238,7 +238,8 @@ def _body_module(
     """The body as a module that shares the live modules: weights arrive through the properties of their owners."""
     assert program.body is not None and traced is not None
     body = fx.GraphModule(nn.Module(), fx.Graph(), type(root).__name__)
-    body._modules = {**root._modules, HOISTED: _Reader(reader, inline, HOISTED)}
+    hoisted = frozenset(local for path, local in map(split, program.values) if path == HOISTED)
+    body._modules = {**root._modules, HOISTED: _Reader(reader, inline, HOISTED, hoisted)}
     body._parameters, body._buffers = root._parameters, root._buffers
     for name, tensor in {**constants, **traced.tensors}.items():
         path, local = split(name)
@@ -257,16 +258,16 @@ def _body_module(
 class _Reader(nn.Module):
     """Stands in a body for the values that were hoisted out of it: ``hoisted.<name>``."""
 
-    def __init__(self, reader: WeightReader, inline: Inline, prefix: str) -> None:
+    def __init__(self, reader: WeightReader, inline: Inline, prefix: str, names: frozenset[str]) -> None:
         super().__init__()
-        self.__dict__.update(reader=reader, inline=inline, prefix=prefix)
+        self.__dict__.update(reader=reader, inline=inline, prefix=prefix, names=names)
 
     def __getattr__(self, name: str) -> Any:
-        state = self.__dict__
-        full = f"{state['prefix']}.{name}"
+        if name not in self.__dict__["names"]:
+            raise AttributeError(f"nothing was hoisted under the name {name!r}")
         if torch.compiler.is_compiling():
-            return state["inline"].values[full]
-        return state["reader"].read_weight(full)
+            return self.inline.values[f"{self.prefix}.{name}"]
+        return self.reader.read_weight(f"{self.prefix}.{name}")
 
 
 def _module(root: nn.Module, name: str) -> SiteModule:

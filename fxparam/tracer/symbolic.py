@@ -46,6 +46,7 @@ _TRANSPARENT = (
     nn.RMSNorm,
     nn.PReLU,
 )
+_OF_GRAPH_MODULES = frozenset(dir(fx.GraphModule)) - frozenset(dir(nn.Module))
 _MACHINERY = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch._jit_internal", "fxparam.")
 _FACTORIES = frozenset(
     getattr(torch, name)
@@ -177,6 +178,9 @@ class _Tracer(fx.Tracer):
         self.watch = Watch(module for module in root.modules() if not _is_torch(module))
         if reason := _hooks(root) or ("forward" in root.__dict__ and "its forward is set on the instance"):
             raise TraceError(f"{type(root).__name__}: {reason}")
+        taken = _OF_GRAPH_MODULES.intersection((*root._modules, *root._parameters, *root._buffers))
+        if taken:
+            raise TraceError(f"{type(root).__name__}.{sorted(taken)[0]} has a name that torch.fx.GraphModule needs for itself")
 
     # --- weights, parameters, buffers
 

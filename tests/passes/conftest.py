@@ -46,7 +46,9 @@ class _Run(fx.Interpreter):
 def execute() -> Callable[..., Any]:
     """Runs a graph: ``execute(graph, tensors, *inputs, modules={})``."""
 
-    def run(graph: fx.Graph, tensors: Mapping[str, Tensor], *inputs: Any, modules: Mapping[str, nn.Module] | None = None) -> Any:
+    def run(
+        graph: fx.Graph, tensors: Mapping[str, Tensor], *inputs: Any, modules: Mapping[str, nn.Module] | None = None
+    ) -> Any:
         return _Run(graph, tensors, modules or {}).run(*inputs, enable_io_processing=False)
 
     return run

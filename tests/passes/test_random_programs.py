@@ -138,7 +138,9 @@ def call(execute: Any, graph: fx.Graph, tensors: dict[str, Tensor], leaves: dict
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for key, wanted in expected.items():
-        torch.testing.assert_close(found[key], wanted, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            found[key], wanted, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def expected_calls(execute: Any, graph: fx.Graph) -> list[dict[str, Any]]:

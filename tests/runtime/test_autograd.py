@@ -1,4 +1,5 @@
 """Autograd situations: the transformed model against a plain one that computes its weights at each forward, errors included."""
+# mypy: disable-error-code="operator,union-attr,arg-type,call-overload,has-type,list-item,misc", warn-unused-ignores=False
 
 from __future__ import annotations
 

@@ -1126,7 +1126,6 @@ class SetAttrMethod(Base):
         return self.scaled(x)
 
 
-
 # --- what the second look found
 
 
@@ -1531,7 +1530,6 @@ class Case:
     """The layer that the design fixes: ``"graph"``, ``"live"``, or None where either may be used."""
     why: str = ""
     """A part of the reason against a graph."""
-    bug: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -1778,7 +1776,9 @@ CASES = (
         Dropout,
         (CALL, mutate("model.drop.eval()"), CALL, to_eval, CALL, mutate("model.drop.train()"), CALL, to_train, CALL),
     ),
-    Case("training branch", TrainingBranch, (*STORY, mutate("model.sub.eval()"), CALL, CALL, mutate("model.sub.train()"), CALL)),
+    Case(
+        "training branch", TrainingBranch, (*STORY, mutate("model.sub.eval()"), CALL, CALL, mutate("model.sub.train()"), CALL)
+    ),
     Case("training assigned", TrainingBranch, (CALL, mutate("model.sub.training = False"), CALL, CALL)),
     Case("dropout", Dropout),
     Case("dropout always", DropoutAlways),
@@ -1801,7 +1801,9 @@ CASES = (
     Case("lists", Lists, body="graph"),
     Case("closure", Closure, changes("model.held.mul_(2)")),
     Case("plain tensor", PlainTensor, changes("model.scale.mul_(2)", "model.scale = model.scale * 3")),
-    Case("plain tensors in list", PlainTensorInList, changes("model.scales[0].mul_(2)", "model.scales[0] = model.scales[1] * 3")),
+    Case(
+        "plain tensors in list", PlainTensorInList, changes("model.scales[0].mul_(2)", "model.scales[0] = model.scales[1] * 3")
+    ),
     Case("plain tensor that trains", PlainTensorThatTrains, (CALL, CALL, CALL)),
     Case("keywords", Keywords, (CALL, given(x, scale=lambda: 2.0), CALL)),
     Case("keyword required", KeywordRequired, (given(x, scale=row), given(x, scale=row)), body="live", why="by keyword"),
@@ -1933,7 +1935,9 @@ def observe(model: nn.Module, call: Call, seed: int) -> Seen:
     if isinstance(out, Output):
         out = (out.y, out.z)
     outputs = tree_leaves(out)
-    scalars = [(o * torch.linspace(0.5, 1.5, o.numel()).view_as(o)).sum() for o in outputs if isinstance(o, Tensor) and o.requires_grad]
+    scalars = [
+        (o * torch.linspace(0.5, 1.5, o.numel()).view_as(o)).sum() for o in outputs if isinstance(o, Tensor) and o.requires_grad
+    ]
     if scalars:
         sum(scalars).backward()  # type: ignore[union-attr]
     seen = Seen(
@@ -1997,7 +2001,73 @@ def _float64() -> Any:
     ClassWritten.count = 0
 
 
-BUGS: dict[tuple[str, bool], str] = {}
+# Why a case fails; strict, so that a fixed one shows.
+SWALLOWED = "a hazard that the model's own except swallows is forgotten"
+ASKED = "the type, repr, identity or requires_grad of a traced value is baked in"
+UNSEEN = "the watch sees one level of containers and plain objects only, no arrays, generators, slots or iterators"
+LEAF = "attributes of modules that are not looked into are not watched"
+MARKS = "what a forward writes while it is traced stays written, traced values included"
+OUTSIDE = "classes, globals and defaults that the forward reads or writes are not watched"
+MERGED = "simplify merges reads across a write"
+STATE = "a called module that writes its buffers or weights does not count as writing them"
+MEMORY = "two registered tensors on one memory do not count as aliases"
+FRESH = "a tensor made anew at each call, past the modes, is kept as a constant"
+KIND = "without sources the entry is never left, although the kind of the tensors changed"
+TOGGLED = "an attribute that the forward writes and puts back is lost"
+AUTOGRAD = "autograd.grad, saved-tensor hooks or functorch inside the forward are lost"
+NAMES = "submodules named hoisted, constants or captured are hidden by the body's own"
+BUGS: dict[tuple[str, bool], str] = {
+    **dict.fromkeys([("try around a branch", False), ("try around a branch", True)], SWALLOWED),
+    **dict.fromkeys([("try around isinstance", False), ("try around isinstance", True)], SWALLOWED),
+    **dict.fromkeys([("try around a Function", False), ("try around a Function", True)], SWALLOWED),
+    **dict.fromkeys([("type is", False), ("type is", True)], ASKED),
+    **dict.fromkeys([("hasattr", False), ("hasattr", True)], ASKED),
+    **dict.fromkeys([("string", False), ("string", True)], ASKED),
+    **dict.fromkeys([("requires_grad of weight asked", False), ("requires_grad of weight asked", True)], ASKED),
+    **dict.fromkeys([("identity in list", False), ("identity in list", True)], ASKED),
+    **dict.fromkeys([("random.Random", False), ("random.Random", True)], UNSEEN),
+    **dict.fromkeys([("numpy Generator", False), ("numpy Generator", True)], UNSEEN),
+    **dict.fromkeys([("slots", False), ("slots", True)], UNSEEN),
+    **dict.fromkeys([("numpy attribute", False), ("numpy attribute", True)], UNSEEN),
+    **dict.fromkeys([("iterator", False), ("iterator", True)], UNSEEN),
+    **dict.fromkeys([("attributes", False), ("attributes", True)], UNSEEN),
+    **dict.fromkeys([("nested container", False), ("nested container", True)], UNSEEN),
+    **dict.fromkeys([("nested object", False), ("nested object", True)], UNSEEN),
+    **dict.fromkeys([("appends nested", False), ("appends nested", True)], UNSEEN),
+    **dict.fromkeys([("writes config", False), ("writes config", True)], UNSEEN),
+    **dict.fromkeys([("option of a leaf", False), ("option of a leaf", True)], LEAF),
+    **dict.fromkeys([("writes attribute of a leaf", False), ("writes attribute of a leaf", True)], LEAF),
+    ("training branch", False): LEAF,
+    ("training assigned", False): LEAF,
+    **dict.fromkeys([("writes counter", False), ("writes counter", True)], MARKS),
+    **dict.fromkeys([("appends", False), ("appends", True)], MARKS),
+    **dict.fromkeys([("warm-up", False), ("warm-up", True)], MARKS),
+    **dict.fromkeys([("cached property", False), ("cached property", True)], MARKS),
+    **dict.fromkeys([("keeps outputs", False), ("keeps outputs", True)], MARKS),
+    **dict.fromkeys([("swaps a submodule", False), ("swaps a submodule", True)], MARKS),
+    **dict.fromkeys([("object cache", False), ("object cache", True)], MARKS),
+    **dict.fromkeys([("lru_cache", False), ("lru_cache", True)], MARKS),
+    **dict.fromkeys([("global cache", False), ("global cache", True)], MARKS),
+    **dict.fromkeys([("class attribute changed", False), ("class attribute changed", True)], OUTSIDE),
+    **dict.fromkeys([("global changed", False), ("global changed", True)], OUTSIDE),
+    **dict.fromkeys([("global written", False), ("global written", True)], OUTSIDE),
+    **dict.fromkeys([("class written", False), ("class written", True)], OUTSIDE),
+    **dict.fromkeys([("mutable default", False), ("mutable default", True)], OUTSIDE),
+    **dict.fromkeys([("batch norm functional", False), ("batch norm functional", True)], MERGED),
+    **dict.fromkeys([("in-place torch on parameters", False), ("in-place torch on parameters", True)], MERGED),
+    **dict.fromkeys([("detached buffer written", False), ("detached buffer written", True)], MERGED),
+    **dict.fromkeys([("batch norm read", False), ("batch norm read", True)], STATE),
+    **dict.fromkeys([("embedding max_norm", False), ("embedding max_norm", True)], STATE),
+    **dict.fromkeys([("aliased buffers", False), ("aliased buffers", True)], MEMORY),
+    **dict.fromkeys([("fresh Tensor()", False), ("fresh Tensor()", True)], FRESH),
+    **dict.fromkeys([("fresh as_tensor", False), ("fresh as_tensor", True)], FRESH),
+    ("dtype baked", False): KIND,
+    **dict.fromkeys([("toggles training", False), ("toggles training", True)], TOGGLED),
+    **dict.fromkeys([("enable_grad", False), ("enable_grad", True)], AUTOGRAD),
+    **dict.fromkeys([("saved tensor hooks", False), ("saved tensor hooks", True)], AUTOGRAD),
+    ("vmap", True): AUTOGRAD,
+    **dict.fromkeys([("private names", False), ("private names", True)], NAMES),
+}
 
 
 def cases() -> list[Any]:
