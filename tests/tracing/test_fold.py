@@ -222,13 +222,7 @@ CASES = (
     *(Case(net, by) for net in SPECS for by in (by_spec, by_parametrize)),
     *(Case(net, by) for net in (Mlp, Conv, ReadsWeight, SharedModule, Normed, StandardizedNet) for by in ON_LAYER),
 )
-ORDER = "an adopted weight comes after the bias: torch.nn.utils.parametrize moved it, and nothing moves it back"
-_MOVED = (Mlp, Conv, Lstm, Attention, SharedModule, ReadsWeight)
-BUGS = {
-    ("diff", str(case)): ORDER
-    for case in CASES
-    if case.by is not by_spec and (case.net in _MOVED or (case.net, case.by) == (StandardizedNet, by_parametrize))
-}
+BUGS: dict[tuple[str, str], str] = {}
 
 
 def table(test: str) -> list[Any]:
@@ -300,7 +294,6 @@ def test_folding_keeps_the_outputs(case: Case, dtype: torch.dtype) -> None:
         assert not folded.training
 
 
-@pytest.mark.xfail(strict=True, reason="fold: the holders of parameters in the graph module are left in training mode")
 @pytest.mark.parametrize("net", [Normed, Bare, SharedModule], ids=lambda n: n.__name__)
 def test_every_module_of_a_folded_model_is_in_eval_mode(net: type[nn.Module]) -> None:
     assert not any(module.training for module in fxp.fold(by_spec(net())).modules())
@@ -376,7 +369,6 @@ def _quiet() -> Any:
     return nullcontext()
 
 
-@pytest.mark.xfail(strict=True, reason=ORDER)
 @pytest.mark.parametrize("net", [Mlp, Conv, Lstm, Attention], ids=lambda n: n.__name__)
 def test_an_adopted_weight_gets_its_old_place(net: type[nn.Module]) -> None:
     """The order of parameters is that of optimizer states and of exported signatures."""
