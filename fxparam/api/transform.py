@@ -59,6 +59,10 @@ def transform(
         raise SpecError(f"got {type(model).__name__}, expected an nn.Module")
     if isinstance(model, ParametrizedModule):
         raise SpecError("the model is transformed already; give all rules to one transform, or start from fxp.restore(model)")
+    if inner := next((path for path, module in model.named_modules() if isinstance(module, ParametrizedModule)), None):
+        raise SpecError(
+            f"{inner} is transformed already; transform the whole model at once, after {inner} = fxp.restore({inner})"
+        )
     if trace not in TRACES:
         raise SpecError(f"got trace={trace!r}, expected one of {', '.join(map(repr, TRACES))}")
     copied = structural_copy(model, adopt=adopt, copy_tensors=copy)
@@ -92,7 +96,7 @@ class _Builder:
         self.rows = named_tensors(root, self.computed)
         self.row_of = {alias: row for row in self.rows for alias in row.aliases}
         self.legacy: dict[str, str] = {}
-        self.replaced: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        self.replaced: list[tuple[Tensor, tuple[Tensor, ...], str]] = []
         self.values: dict[str, Tensor] = {}
         self.sites: list[Site] = []
         self.bindings: dict[int, tuple[nn.Module, Binding]] = {}
@@ -120,7 +124,8 @@ class _Builder:
         declared = " >> ".join(map(_text, task.steps))
         self._add(task.rows, module, declared, "spec", start, reads, joint=number if task.joint else None)
         if one is None:
-            self.replaced += [(row.tensor, module.latents) for row in task.rows if isinstance(row.tensor, nn.Parameter)]
+            home = self.sites[-1].home
+            self.replaced += [(row.tensor, module.latents, home) for row in task.rows if isinstance(row.tensor, nn.Parameter)]
 
     def _add(
         self,

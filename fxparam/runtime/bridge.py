@@ -43,36 +43,38 @@ class Component:
     values: tuple[int, ...]
 
 
+class Values:
+    """The values of one refresh with their private graph. Who holds this keeps them: the entry while it is current, and each
+    forward's lease until its backward.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+
+
 class PrivateGraph:
-    """The values of one refresh and the graph behind them.
+    """The way from gradients of the values of one refresh to gradients of its sources.
+
+    It holds the values weakly: kept losses keep their ``Refresh`` nodes, and through these this object, but no weights.
 
     Args:
         values: what the prologue yielded, with its private graph.
         edges: for each source, where its gradient arrives; None for sources without gradient.
-        on_backward: called with the positions of the sources that received a gradient.
+        on_backward: called with the positions of the sources that received a gradient. Must not hold the entry.
     """
 
     def __init__(
-        self,
-        values: Sequence[Tensor],
-        edges: Sequence[GradientEdge | None],
-        on_backward: Callable[[Sequence[int]], None],
+        self, values: Values, edges: Sequence[GradientEdge | None], on_backward: Callable[[Sequence[int]], None]
     ) -> None:
-        self.values: Sequence[Tensor] | None = values
+        self._values = weakref.ref(values)
         self.edges = edges
         self.on_backward = on_backward
-        self.current = True
-        self._leases = 0
-        self._consumed: dict[int, int] = {}
+        # What leases hand over that a backward pass has just consumed, by pass and component.
+        self._handed: dict[tuple[int, Component], Values] = {}
 
-    def leased(self) -> None:
-        """One more forward uses the graph."""
-        self._leases += 1
-
-    def consumed(self) -> None:
-        """A backward pass went through a forward's lease and keeps no graph."""
-        task = torch._C._current_graph_task_id()
-        self._consumed[task] = self._consumed.get(task, 0) + 1
+    def hand(self, component: Component, values: Values) -> None:
+        """A backward pass went through a forward's lease and keeps no graph: the values are needed once more, in this pass."""
+        self._handed[torch._C._current_graph_task_id(), component] = values
 
     def backward(self, component: Component, gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of the component's sources from gradients of its values.
@@ -80,16 +82,16 @@ class PrivateGraph:
         Raises:
             RuntimeError: all forwards that used this graph had their backward, and it was released.
         """
-        if self.values is None:
+        values = self._handed.pop((torch._C._current_graph_task_id(), component), None) or self._values()
+        if values is None:
             raise RuntimeError(_AGAIN)
         pairs = [
-            (self.values[at], gradient)
+            (values.tensors[at], gradient)
             for at, gradient in zip(component.values, gradients, strict=True)
-            if gradient is not None and self.values[at].requires_grad
+            if gradient is not None and values.tensors[at].requires_grad
         ]
         edges = [self.edges[at] for at, need in zip(component.sources, needed, strict=True) if need]
         if not pairs or not edges:
-            self._settle()
             return [None] * len(needed)
         found = iter(
             torch.autograd.grad(
@@ -103,30 +105,18 @@ class PrivateGraph:
         )
         result = [next(found) if need else None for need in needed]
         self.on_backward([at for at, gradient in zip(component.sources, result, strict=True) if gradient is not None])
-        self._settle()
         return result
-
-    def retire(self) -> None:
-        """The entry is no longer current: release the graph as soon as no forward is left that may need it."""
-        self.current = False
-
-    def _settle(self) -> None:
-        # Kept losses keep their Lease nodes, and through these this object; they must not keep the weights as well.
-        self._leases -= self._consumed.pop(torch._C._current_graph_task_id(), 0)
-        if not self.current and self._leases <= 0:
-            self.values = None
 
 
 class Refresh(torch.autograd.Function):
     """latents -> the weights of an entry. Arguments: the graph, the component, the component's sources."""
 
     @staticmethod
-    def forward(ctx: Any, graph: PrivateGraph, component: Component, *sources: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, graph: PrivateGraph, values: Values, component: Component, *sources: Tensor) -> tuple[Tensor, ...]:
         """Aliases of the values that share their version counters."""
-        assert graph.values is not None
         ctx.graph, ctx.component = graph, component
         ctx.set_materialize_grads(False)
-        own = [graph.values[at] for at in component.values]
+        own = [values.tensors[at] for at in component.values]
         aliases = tuple(value.detach() for value in own)
         ctx.mark_non_differentiable(*(alias for alias, value in zip(aliases, own, strict=True) if not value.requires_grad))
         return aliases
@@ -134,18 +124,17 @@ class Refresh(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """Runs the private graph."""
-        return (None, None, *ctx.graph.backward(ctx.component, gradients, ctx.needs_input_grad[2:]))
+        return (None, None, None, *ctx.graph.backward(ctx.component, gradients, ctx.needs_input_grad[3:]))
 
 
 class Lease(torch.autograd.Function):
     """The weights of an entry -> the weights of one forward. Arguments: the graph, the values."""
 
     @staticmethod
-    def forward(ctx: Any, graph: PrivateGraph, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, graph: PrivateGraph, held: Values, component: Component, *values: Tensor) -> tuple[Tensor, ...]:
         """Aliases once more, of a node of their own."""
-        ctx.graph = graph
+        ctx.graph, ctx.held, ctx.component = graph, held, component
         ctx.set_materialize_grads(False)
-        graph.leased()
         aliases = tuple(value.detach() for value in values)
         ctx.mark_non_differentiable(*(alias for alias, value in zip(aliases, values, strict=True) if not value.requires_grad))
         return aliases
@@ -153,12 +142,12 @@ class Lease(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """The gradients as they are; refuses a second time, as a graph freed by its backward does."""
-        if ctx.graph is None:
+        if ctx.held is None:
             raise RuntimeError(_AGAIN)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.graph.consumed()
-            ctx.graph = None
-        return (None, *gradients)
+            ctx.graph.hand(ctx.component, ctx.held)
+            ctx.held = None
+        return (None, None, None, *gradients)
 
 
 def private_aliases(sources: Sequence[Tensor], *, graph: bool) -> tuple[list[Tensor], list[GradientEdge | None]]:
@@ -180,23 +169,22 @@ class Published:
 
     Args:
         graph: the private graph.
+        held: its values.
         components: the parts of the prologue.
         sources: the tensors behind it.
     """
 
-    def __init__(self, graph: PrivateGraph, components: Sequence[Component], sources: Sequence[Tensor]) -> None:
-        assert graph.values is not None
-        self.graph, self.components, self.sources = graph, components, sources
-        self.values: Sequence[Tensor] = graph.values
+    def __init__(self, graph: PrivateGraph, held: Values, components: Sequence[Component], sources: Sequence[Tensor]) -> None:
+        self.graph, self.held, self.components, self.sources = graph, held, components, sources
+        self.values: Sequence[Tensor] = held.tensors
         self._outputs: list[tuple[Tensor, ...] | None] = [None] * len(components)
-        weakref.finalize(self, graph.retire).atexit = False
 
     def lease(self, number: int) -> dict[int, Tensor]:
         """Fresh aliases of the values of one component, by position: with gradient if grad mode is on, else without."""
         component = self.components[number]
         if not self.trains(number):
             return {at: self.values[at].detach() for at in component.values}
-        return dict(zip(component.values, Lease.apply(self.graph, *self.outputs(number)), strict=True))
+        return dict(zip(component.values, Lease.apply(self.graph, self.held, component, *self.outputs(number)), strict=True))
 
     def trains(self, number: int) -> bool:
         """Whether a forward under the present grad mode needs gradients for this component."""
@@ -207,6 +195,6 @@ class Published:
         outputs = self._outputs[number]
         if outputs is None:
             component = self.components[number]
-            outputs = Refresh.apply(self.graph, component, *(self.sources[at] for at in component.sources))
+            outputs = Refresh.apply(self.graph, self.held, component, *(self.sources[at] for at in component.sources))
             self._outputs[number] = outputs
         return outputs

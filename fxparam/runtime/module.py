@@ -132,6 +132,8 @@ class ParametrizedModule(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParametrizedModule:
+        # An entry holds graph edges to the latents; swapping parameters would be refused while it lives.
+        self._fxp_runtime.drop_entries()
         self._fxp_live._apply(fn, recurse)
         return self
 
@@ -177,9 +179,21 @@ class ParametrizedModule(nn.Module):
         else:
             setattr(self._fxp_live, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self._fxp_live, name)
+
     # Python looks up operators on the class: containers (nn.Sequential, nn.ModuleList) are reached through these.
     def __getitem__(self, key: Any) -> Any:
         return self._fxp_live[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._fxp_live[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._fxp_live[key]
 
     def __len__(self) -> int:
         return len(self._fxp_live)
@@ -234,12 +248,12 @@ class ParametrizedModule(nn.Module):
     @property
     def sites(self) -> tuple[Site, ...]:
         """What was parametrized, and how."""
-        return self._fxp_sites
+        return self._fxp_runtime.present_sites()
 
     @property
     def report(self) -> Report:
         """What was done, what was refused and why; printable."""
-        return make_report(self._fxp_live, self._fxp_sites, self._fxp_runtime.plan, self._fxp_runtime.stats)
+        return make_report(self._fxp_live, self.sites, self._fxp_runtime.plan, self._fxp_runtime.stats)
 
     @property
     def stats(self) -> Stats:
@@ -251,11 +265,11 @@ class ParametrizedModule(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """The computed weights by dotted name, with gradient if grad mode is on."""
         with self._fxp_runtime.forward():
-            return {name: self._fxp_runtime.read_weight(name) for site in self._fxp_sites for name in site.names}
+            return {name: self._fxp_runtime.read_weight(name) for site in self.sites for name in site.names}
 
     def latents(self) -> dict[str, Tensor]:
         """The trainable tensors behind the weights by dotted name; the ones an optimizer moves."""
-        return {name: self._fxp_runtime.tensor(name) for site in self._fxp_sites for name in site.latents}
+        return {name: self._fxp_runtime.tensor(name) for site in self.sites for name in site.latents}
 
     def assign(self, name: str, tensor: Tensor, *, project: bool = False) -> None:
         """Set a weight: its latents become ``right_inverse(tensor)``.
@@ -327,26 +341,32 @@ class ParametrizedModule(nn.Module):
         return names
 
     def _matching(self, pattern: str) -> list[Site]:
-        found = [s for s in self._fxp_sites if any(fnmatchcase(alias, pattern) for aliases in s.aliases for alias in aliases)]
+        found = [s for s in self.sites if any(fnmatchcase(alias, pattern) for aliases in s.aliases for alias in aliases)]
         if not found:
             raise SpecError(f"no computed weight fits {pattern!r}; {nearest(pattern, self._names())}")
         return found
 
     def _site(self, name: str) -> Site:
-        for site in self._fxp_sites:
+        for site in self.sites:
             if any(name in aliases for aliases in site.aliases):
                 return site
         raise SpecError(f"{name!r} is not a computed weight; {nearest(name, self._names())}")
 
     def _names(self) -> Iterator[str]:
-        return (name for site in self._fxp_sites for name in site.names)
+        return (name for site in self.sites for name in site.names)
 
     # --- copies
+
+    def __copy__(self) -> ParametrizedModule:
+        # A shallow copy shares the live tree, and so it must share the runtime that the tree is bound to.
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans and caches are derived; the shared registries come back from the live tree.
         derived = ("_fxp_runtime", "_fxp_checkpoints", "_fxp_inline", "_fxp_compiled", *_SHARED)
-        return {key: value for key, value in self.__dict__.items() if key not in derived}
+        return {key: value for key, value in self.__dict__.items() if key not in derived} | {"_fxp_sites": self.sites}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxparam.errors import SpecError
 
-Replaced = Sequence[tuple[Tensor, tuple[Tensor, ...]]]
+Replaced = Sequence[tuple[Tensor, tuple[Tensor, ...], str]]
+"""A parameter, the latents behind it now, and the home of their site."""
 
 
 def repoint(optimizer: Optimizer, replaced: Replaced) -> None:
@@ -21,12 +24,12 @@ def repoint(optimizer: Optimizer, replaced: Replaced) -> None:
 
     Args:
         optimizer: any optimizer of the given model's parameters.
-        replaced: pairs of a parameter and the latents behind it now.
+        replaced: what the transform replaced, and by what.
 
     Raises:
         SpecError: it holds none of the replaced parameters.
     """
-    latents = {id(parameter): new for parameter, new in replaced}
+    latents = {id(parameter): new for parameter, new, _ in replaced}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if latents and held.isdisjoint(latents):
         raise SpecError("the optimizer holds none of the parameters that the spec replaces; build it from model.parameters()")
@@ -42,11 +45,33 @@ def repoint(optimizer: Optimizer, replaced: Replaced) -> None:
         group["params"] = [tensor for tensor in kept if isinstance(tensor, nn.Parameter)]
 
 
+@dataclass(frozen=True)
+class _Old:
+    """A replaced parameter, held in a way that neither keeps it alive nor stands in the way of ``swap_tensors``.
+
+    Attributes:
+        identity: its ``id``; may be used again after it is gone.
+        storage: a weak reference to its storage.
+        gradient: the ``id`` and version of the gradient it had at the transform.
+        site: the home of the site that replaces it.
+    """
+
+    identity: int
+    storage: StorageWeakRef
+    gradient: tuple[int, int] | None
+    site: str
+
+    def is_untrained(self, parameter: Tensor) -> bool:
+        """Whether ``parameter`` is the replaced one and got no gradient since the transform."""
+        same = id(parameter) == self.identity and not self.storage.expired()
+        return same and StorageWeakRef(parameter.untyped_storage()) == self.storage and _stamp(parameter) == self.gradient
+
+
 class _Watched:
-    """The replaced parameters of one transformed model, held weakly."""
+    """What a transformed model replaced."""
 
     def __init__(self, replaced: Replaced) -> None:
-        self.pairs = [(weakref.ref(old), [weakref.ref(new) for new in latents]) for old, latents in replaced]
+        self.olds = [_Old(id(old), StorageWeakRef(old.untyped_storage()), _stamp(old), home) for old, _, home in replaced]
         self.warned = False
 
 
@@ -62,18 +87,23 @@ def watch_replaced(model: nn.Module, replaced: Replaced) -> None:
         _WATCHED[model] = _Watched(replaced)
 
 
+def _stamp(parameter: Tensor) -> tuple[int, int] | None:
+    gradient = parameter.grad
+    return None if gradient is None else (id(gradient), gradient._version)
+
+
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for watched in list(_WATCHED.values()):
+    held = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for model, watched in list(_WATCHED.items()):
         if watched.warned:
             continue
+        # The given model may well be trained on its own: then its parameters get gradients and nothing is lost.
         lost = [
             old
-            for ref, latents in watched.pairs
-            if (old := ref()) is not None and id(old) in held and old.grad is None and _trained_elsewhere(latents, held)
+            for old in watched.olds
+            if old.identity in held and old.is_untrained(held[old.identity]) and _trained(model, old.site, held)
         ]
         if lost:
-            # The given model may well be trained on its own: then its parameters have gradients and nothing is lost.
             watched.warned = True
             warnings.warn(
                 f"an optimizer holds {len(lost)} parameters that fxparam.transform replaced by latents, and steps without "
@@ -84,7 +114,6 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             )
 
 
-def _trained_elsewhere(latents: list[weakref.ref[Tensor]], held: set[int]) -> bool:
-    """Whether a backward reached these latents and this optimizer does not hold them."""
-    tensors = [tensor for ref in latents if (tensor := ref()) is not None]
-    return any(tensor.grad is not None and id(tensor) not in held for tensor in tensors)
+def _trained(model: nn.Module, home: str, held: Mapping[int, Tensor]) -> bool:
+    """Whether a backward reached the latents of a site and the optimizer does not hold them."""
+    return any(latent.grad is not None and id(latent) not in held for latent in model.get_submodule(home).parameters())

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxparam.errors import DeferralError, StaleWeightsError
 from fxparam.program import Site
 from fxparam.runtime import steps
-from fxparam.runtime.bridge import PrivateGraph, Published, private_aliases
+from fxparam.runtime.bridge import PrivateGraph, Published, Values, private_aliases
 from fxparam.runtime.deferral import Block, refuse_sharded
 from fxparam.runtime.plan import Plan, make_plan
 from fxparam.spec.names import first_names
@@ -110,8 +110,12 @@ class _Frame:
         return values
 
 
-class _InlineFrame(dict[str, Tensor]):
-    """Weights computed in place for one forward, by name."""
+class _InlineFrame:
+    """Weights computed in place for one forward, by name; anew for each grad mode and autocast state."""
+
+    def __init__(self) -> None:
+        self.level = torch._C._functorch.maybe_current_level()
+        self.values: dict[object, dict[str, Tensor]] = {}
 
 
 class Runtime:
@@ -133,7 +137,8 @@ class Runtime:
         self._modules: tuple[SiteModule, ...] = tuple(root.get_submodule(site.home) for site in self.sites)  # type: ignore[misc]
         self._maps = [module for site in self._modules for module in site.modules()]
         self._plans: dict[object, Plan] = {}
-        self._entry: _Entry | None = None
+        # By autocast state: a forward that switches autocast inside reads two of them.
+        self._entries: dict[object, _Entry] = {}
         self._steps = 0
         self._retraces = 0
         self._checking = os.environ.get("FXPARAM_CHECK", "") not in ("", "0")
@@ -144,7 +149,6 @@ class Runtime:
             binding = binding_of(module)
             if binding is not None:
                 binding.bind(self, self.inline)
-        self.volatile: frozenset[str] = frozenset()
         self._parameters: tuple[tuple[dict[str, Any], str], ...] = ()
         # Made now, while the tensors are the model's own: later a forward may run under a transform of PyTorch's.
         _ = self.plan
@@ -166,13 +170,19 @@ class Runtime:
     def read_weight(self, name: str) -> Tensor:
         """The weight (or hoisted value) with this dotted name; several reads within one forward share one evaluation."""
         frame: _Frame | _InlineFrame | None = getattr(self._local, "frame", None)
-        if frame is None or (isinstance(frame, _Frame) and frame.entry.modes != self._modes()):
+        if frame is None or (isinstance(frame, _Frame) and (frame.entry.modes != self._modes() or _in_functorch())):
             frame = self._frame()
         if isinstance(frame, _InlineFrame):
-            if name not in frame:
-                frame |= self._compute(name)
-            return frame[name]
-        if name in self.volatile:
+            if frame.level != torch._C._functorch.maybe_current_level():
+                # What is computed inside of a transform of the forward's own is dead after it.
+                return self._compute(name)[name]
+            mode = (torch.is_grad_enabled(), self._modes())
+            values = frame.values.setdefault(mode, {})
+            if name not in values:
+                values |= self._compute(name)
+            return values[name]
+        if name not in frame.entry.plan.component_of:
+            # Random, and drawn anew at each read.
             return self._compute(name)[name]
         return frame.read(name)
 
@@ -186,7 +196,8 @@ class Runtime:
 
     def read_all(self, plan: Plan) -> dict[str, Tensor]:
         """All weights and hoisted values of the current forward, by name."""
-        return {name: self.read_weight(name) for name in (*plan.values, *sorted(self.volatile))}
+        random = [name for site in self.sites if site.home in plan.volatile for name in site.names]
+        return {name: self.read_weight(name) for name in (*plan.values, *random)}
 
     def compute_all(self) -> dict[str, Tensor]:
         """All weights, computed in place: for compilers, which put the computation into their own graph."""
@@ -220,7 +231,7 @@ class Runtime:
                 raise ValueError(f"got a tensor of shape {tuple(value.shape)} for {name}, expected {tuple(target.shape)}")
             new = (*values[:position], value.to(target), *values[position + 1 :])
             module.set_latents(module.right_inverse(new if len(new) > 1 else new[0], project=project))
-        self.invalidate()
+        self._entries = {}
 
     # --- the cache
 
@@ -243,6 +254,7 @@ class Runtime:
                 self.trace, self.why_live = False, f"the attribute {change!r} keeps changing between forwards"
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
+        self.present_sites()
         with (
             torch.inference_mode(False),
             _disable_current_modes(),
@@ -254,20 +266,35 @@ class Runtime:
             plan = make_plan(
                 self.root, self.sites, trace=self.trace, why_live=self.why_live, reader=self, inline=self.inline, tracer=tracer
             )
-        self.volatile = frozenset(
-            alias for site in self.sites if site.home in plan.volatile for aliases in site.aliases for alias in aliases
-        )
         self._parameters = tuple((registry, name) for registry, name in plan.slots if isinstance(registry[name], nn.Parameter))
         return plan
 
+    def present_sites(self) -> tuple[Site, ...]:
+        """The sites, without those whose owner was replaced by another module of the user's."""
+        there = [
+            (site, module)
+            for site, module in zip(self.sites, self._modules, strict=True)
+            if _submodule(self.root, site.home) is module
+        ]
+        if len(there) < len(self.sites):
+            self.sites, self._modules = tuple(site for site, _ in there), tuple(module for _, module in there)
+            self._maps = [module for site in self._modules for module in site.modules()]
+            self._site_of = {alias: site for site in self.sites for aliases in site.aliases for alias in aliases}
+            self.invalidate()
+        return self.sites
+
     def invalidate(self) -> None:
+        """Look at everything anew at the next read: weights, and what traces took for granted."""
+        self._plans.clear()
+        self.drop_entries()
+
+    def drop_entries(self) -> None:
         """Compute the weights anew at the next read."""
-        self._entry = None
+        self._entries = {}
 
     def after_step(self, held: frozenset[int]) -> bool:
         """An optimizer stepped; see :mod:`fxparam.runtime.steps`."""
-        entry = self._entry
-        touched = entry is not None and not held.isdisjoint(map(id, entry.sources))
+        touched = any(not held.isdisjoint(map(id, entry.sources)) for entry in self._entries.values())
         if touched:
             self._steps += 1
         return touched or not held.isdisjoint(map(id, self.root.parameters()))
@@ -276,11 +303,15 @@ class Runtime:
         """An optimizer of tensors nobody here knows stepped: they may be flat or master copies of ours."""
         self._steps += 1
 
+    def after_fork(self) -> None:
+        """In a forked child: another thread may have held the lock, and it does not exist here."""
+        self._lock = threading.RLock()
+
     def _frame(self) -> _Frame | _InlineFrame:
         if _under_a_transform():
             self.stats.inlined += 1
             return _InlineFrame()
-        entry = self._entry
+        entry = self._entries.get(self._modes())
         if entry is not None and self._current(entry):
             self.stats.hits += 1
             if self._checking:
@@ -291,9 +322,13 @@ class Runtime:
             self.stats.inlined += 1
             return _InlineFrame()
         with self._lock:
-            entry = self._entry
+            modes = self._modes()
+            entry = self._entries.get(modes)
             if entry is None or not self._current(entry):
-                entry = self._entry = self._refresh()
+                entry = self._refresh()
+                # Weights swapped in for evaluation by a write nobody sees: only the change of mode tells.
+                kept = {key: other for key, other in self._entries.items() if other.modes[-1] == modes[-1]}
+                self._entries = {**kept, modes: entry}
             return _Frame(entry, self._block())
 
     def _block(self) -> Block | None:
@@ -377,9 +412,11 @@ class Runtime:
         training = self.root.training or any(module.training for module in self._modules)
         graph = any(map(_requires_grad, sources)) and (torch.is_grad_enabled() or training)
         received: set[int] = set()
+        stats = self.stats
 
+        # Neither the runtime nor the entry: autograd nodes hold this, and the garbage collector cannot see through them.
         def on_backward(positions: Sequence[int]) -> None:
-            self.stats.backwards += 1
+            stats.backwards += 1
             received.update(positions)
 
         with (
@@ -390,11 +427,14 @@ class Runtime:
         ):
             aliases, edges = private_aliases(sources, graph=graph)
             values = plan.prologue(*aliases)
+        # A map with a state may have put new buffers in the place of those it read.
+        sources = [registry[name] for registry, name in plan.slots]
         self.stats.refreshes += 1
-        private = PrivateGraph(values, edges, on_backward)
+        held = Values(values)
+        private = PrivateGraph(held, edges, on_backward)
         return _Entry(
             plan=plan,
-            published=Published(private, plan.components, sources),
+            published=Published(private, held, plan.components, sources),
             sources=sources,
             modes=self._modes(),
             steps=self._steps,
@@ -454,3 +494,14 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
             f"written between forward and backward (is at version {tensor._version}; expected version {version} instead)"
         )
     return tensor
+
+
+def _submodule(root: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any, Protocol
 
@@ -17,6 +18,9 @@ class Stepped(Protocol):
 
     def after_step(self, held: frozenset[int]) -> bool:
         """An optimizer stepped that holds the tensors with these ids. Returns whether any of them is a source here."""
+
+    def after_fork(self) -> None:
+        """This process is a forked child."""
 
     def unknown_step(self) -> None:
         """An optimizer stepped whose tensors are no source of any runtime: flat or master copies, perhaps."""
@@ -39,6 +43,13 @@ def _installed() -> None:
     if not _HANDLES:
         _HANDLES.append(register_optimizer_step_pre_hook(_before_step))
         _HANDLES.append(register_optimizer_step_post_hook(_after_step))
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_after_fork)
+
+
+def _after_fork() -> None:
+    for listener in list(_LISTENERS):
+        listener.after_fork()
 
 
 def _held(optimizer: Optimizer) -> frozenset[int]:

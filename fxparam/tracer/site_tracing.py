@@ -113,6 +113,8 @@ def _trace(
     probe = _probe(site, local, run, tensors)
     if probe.draws:
         return fx.Graph(), "draws random numbers", True, {}
+    if name := _own_backward(probe.weights):
+        return fx.Graph(), f"torch.autograd.Function {name} has a backward of its own, which a trace loses", False, {}
     if probe.writes:
         return fx.Graph(), "writes its buffers in this mode", False, {}
     try:
@@ -144,6 +146,21 @@ def _probe(site: SiteModule, local: Mapping[str, Tensor], run: Any, tensors: Seq
         handle.remove()
     writes = any(replaced) or versions != [tensor._version for tensor in watched]
     return _Probe(weights, _gradients(weights, tensors), writes, used[0])
+
+
+def _own_backward(weights: Sequence[Tensor]) -> str:
+    """The name of a Python autograd Function behind these tensors, however it was called (``apply`` may have been kept)."""
+    todo: list[Any] = [weight.grad_fn for weight in weights]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return type(node).__name__.removesuffix("Backward")
+        todo += [following for following, _ in node.next_functions]
+    return ""
 
 
 def _gradients(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

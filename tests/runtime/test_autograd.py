@@ -661,21 +661,10 @@ def _same(got: Any, want: Any) -> None:
         assert got == want
 
 
-_RELEASED_EARLY = "the count of leases is settled once for all components: the first of them releases the graph of the others"
-_BROKEN = dict.fromkeys(("backward_after_eval_forward", "backward_after_fused_step"), _RELEASED_EARLY)
-
-
-def _table() -> list[Any]:
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=_BROKEN[name])) if name in _BROKEN else name
-        for name in CASES
-    ]
-
-
 # PyTorch's own decompositions for forward mode are scripted on first use.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("trace", ["live", "auto"])
-@pytest.mark.parametrize("name", _table())
+@pytest.mark.parametrize("name", CASES)
 def test_as_plain_pytorch(name: str, trace: str) -> None:
     want = CASES[name](plain())
     got = CASES[name](transformed(trace))

@@ -217,7 +217,6 @@ def test_pickle_and_torch_save(trace: str) -> None:
         assert not torch.allclose(other(x), model(x))
 
 
-@pytest.mark.xfail(strict=True, reason="a shallow copy takes the bindings over and leaves the original without a runtime")
 def test_shallow_copy_leaves_the_original_alone() -> None:
     model = fxp.transform(Net(), {fxp.joint("*.weight"): fxp.flat()})
     x = torch.randn(3, 5)
@@ -292,10 +291,7 @@ def test_methods_and_attributes(trace: str) -> None:
     "rule",
     [
         "encoder.weight",
-        pytest.param(
-            "*.weight",
-            marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="a site whose owner was replaced is still read"),
-        ),
+        "*.weight",
     ],
 )
 def test_submodules_replaced(rule: str) -> None:
@@ -307,10 +303,6 @@ def test_submodules_replaced(rule: str) -> None:
     assert "decoder.weight" in dict(model.named_parameters())
 
 
-_MISSING = "the wrapper does not pass this operation on"
-
-
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason=_MISSING)
 def test_attributes_can_be_deleted() -> None:
     class Optional(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -329,7 +321,6 @@ def test_items_of_a_container() -> None:
     assert model[0].weight.shape == (4, 5)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason=_MISSING)
 def test_items_of_a_container_are_replaced() -> None:
     model = fxp.transform(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), {"0.weight": fxp.weight_norm()})
     model[2] = nn.Identity()
@@ -384,10 +375,6 @@ class LogGlobally(nn.Module):
         return hidden
 
 
-_LEAKS = "a trace lets proxies into the user's containers, and the writes of later forwards are lost"
-
-
-@pytest.mark.xfail(strict=True, reason=_LEAKS)
 def test_writes_to_nested_containers_stay() -> None:
     model = fxp.transform(Log({"deep": {"hidden": []}}), WN)
     model(torch.randn(2, 5))
@@ -395,7 +382,6 @@ def test_writes_to_nested_containers_stay() -> None:
     assert [type(value) for value in model.sink["deep"]["hidden"]] == [Tensor, Tensor]
 
 
-@pytest.mark.xfail(strict=True, reason=_LEAKS)
 def test_writes_to_globals_stay() -> None:
     SEEN.clear()
     model = fxp.transform(LogGlobally(), WN)
@@ -547,7 +533,6 @@ def test_no_warning_where_the_given_model_is_trained_on_its_own() -> None:
         optimizer.step()
 
 
-@pytest.mark.xfail(strict=True, reason="gradients from before the transform silence the warning")
 def test_a_warning_although_old_gradients_are_left() -> None:
     net = Net()
     net(torch.randn(3, 5)).sum().backward()
@@ -665,20 +650,13 @@ class Inner(nn.Module):
         return inner
 
 
-_FUNCTORCH = "a weight is leased inside of a functorch transform, for which the bridge has no rule"
-
-
 # PyTorch's own decompositions for forward mode are scripted on first use.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("trace", TRACES)
 @pytest.mark.parametrize(
     "kind",
     [
-        *(
-            pytest.param(k, marks=pytest.mark.xfail(strict=True, reason=_FUNCTORCH))
-            for k in ("vmap", "jacrev", "hessian", "jvp")
-        ),
-        pytest.param("used before", marks=pytest.mark.xfail(strict=True, reason=_FUNCTORCH)),
+        *("vmap", "jacrev", "hessian", "jvp", "used before"),
         "autograd.functional",
     ],
 )
@@ -730,12 +708,7 @@ class Normed(nn.Module):
     "call",
     [
         "eager",
-        pytest.param(
-            "functional_call",
-            marks=pytest.mark.xfail(
-                strict=True, reason="LOST GRADIENT: a weight computed in place under no_grad is kept for all"
-            ),
-        ),
+        "functional_call",
     ],
 )
 def test_a_look_without_gradient_costs_no_gradient(call: str) -> None:
@@ -794,7 +767,6 @@ class Heads(nn.Module):
         return self.a(x).sum(), self.b(x).sum()
 
 
-@pytest.mark.xfail(strict=True, reason="one lease for all weights of a component: plain PyTorch splits a vector without saving")
 def test_a_backward_for_each_head_of_a_flat_vector() -> None:
     model = fxp.transform(Heads(), {fxp.joint("*"): fxp.flat()})
     a, b = model(torch.randn(3, 5))
@@ -821,7 +793,6 @@ def test_a_transformed_model_inside_another() -> None:
     assert outer(x.float()).dtype == torch.float32
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="a transformed model inside the one to transform is not adopted")
 def test_transforming_a_model_that_holds_a_transformed_one() -> None:
     outer = nn.Sequential(fxp.transform(Net(), WN), nn.Linear(5, 5))
     x = torch.randn(3, 5)
