@@ -71,6 +71,13 @@ class PrivateGraph:
         self.on_backward = on_backward
         # What leases hand over that a backward pass has just consumed, by pass and component.
         self._handed: dict[tuple[int, Component], Values] = {}
+        self._saves: dict[Component, bool] = {}
+
+    def frees(self, component: Component, values: Values) -> bool:
+        """Whether a backward would free anything: PyTorch lets a graph that saved nothing run again."""
+        if component not in self._saves:
+            self._saves[component] = _saves([values.tensors[at] for at in component.values])
+        return self._saves[component]
 
     def hand(self, component: Component, values: Values) -> None:
         """A backward pass went through a forward's lease and keeps no graph: the values are needed once more, in this pass."""
@@ -134,6 +141,7 @@ class Lease(torch.autograd.Function):
     def forward(ctx: Any, graph: PrivateGraph, held: Values, component: Component, *values: Tensor) -> tuple[Tensor, ...]:
         """Aliases once more, of a node of their own."""
         ctx.graph, ctx.held, ctx.component = graph, held, component
+        ctx.frees = graph.frees(component, held)
         ctx.set_materialize_grads(False)
         aliases = tuple(value.detach() for value in values)
         ctx.mark_non_differentiable(*(alias for alias, value in zip(aliases, values, strict=True) if not value.requires_grad))
@@ -144,10 +152,27 @@ class Lease(torch.autograd.Function):
         """The gradients as they are; refuses a second time, as a graph freed by its backward does."""
         if ctx.held is None:
             raise RuntimeError(_AGAIN)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if ctx.frees and not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.graph.hand(ctx.component, ctx.held)
             ctx.held = None
         return (None, None, None, *gradients)
+
+
+def _saves(values: Sequence[Tensor]) -> bool:
+    """Whether any node behind these values saved a tensor for its backward."""
+    todo: list[Any] = [value.grad_fn for value in values]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        # Nodes of Python functions and of operators nobody knows are taken to save something.
+        saved = [name for name in dir(node) if name.startswith("_raw_saved_")]
+        if saved or isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        todo += [following for following, _ in node.next_functions]
+    return False
 
 
 def private_aliases(sources: Sequence[Tensor], *, graph: bool) -> tuple[list[Tensor], list[GradientEdge | None]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import networkx as nx
@@ -22,7 +23,7 @@ from fxparam.spec.names import named_tensors, split
 from fxparam.tracer.delivery import Inline, WeightReader, binding_of
 from fxparam.tracer.site import SiteModule
 from fxparam.tracer.site_tracing import OpaqueSite, SiteTracer
-from fxparam.tracer.symbolic import TracedBody, trace_body
+from fxparam.tracer.symbolic import TracedBody, kind_of, trace_body
 from fxparam.tracer.watch import Watch
 
 
@@ -43,6 +44,7 @@ class Plan:
         why_live: why there is no graph of the body.
         volatile: homes of the sites that draw random numbers and are computed at each read.
         watch: the options of the maps, which the prologue has baked in.
+        asked: the registered tensors whose kind the body's code asked for, and what it was.
     """
 
     program: Program
@@ -57,10 +59,15 @@ class Plan:
     why_live: str
     volatile: frozenset[str]
     watch: Watch
+    asked: tuple[tuple[dict[str, Any], str, tuple[Any, ...]], ...]
 
     def holds(self) -> bool:
         """Whether the Python state that was baked in is still the same."""
-        return self.watch.holds() and (self.traced is None or self.traced.watch.holds())
+        if not self.watch.holds():
+            return False
+        if self.traced is None:
+            return True
+        return self.traced.watch.holds() and all(kind_of(registry[name]) == kind for registry, name, kind in self.asked)
 
     def takes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether there is a graph for these arguments: the required ones, by position, all tensors."""
@@ -186,6 +193,7 @@ def _compile(
     for site in program.sites:
         for name, aliases in zip(site.names, site.aliases, strict=True):
             component_of |= dict.fromkeys(aliases, component_of[name])
+    asked = traced.asked if traced is not None else {}
     maps = [module for site in program.sites for module in _module(root, site.home).modules()]
     return Plan(
         program=program,
@@ -199,7 +207,8 @@ def _compile(
         traced=traced if program.body is not None else None,
         why_live=why_live,
         volatile=volatile,
-        watch=Watch(maps),
+        watch=Watch(maps, functions=[f for f in map(_forward_of, maps) if f is not None]),
+        asked=tuple((*_slot(root, name, program.tensors), kind) for name, kind in asked.items() if name in program.tensors),
     )
 
 
@@ -268,6 +277,11 @@ class _Reader(nn.Module):
         if torch.compiler.is_compiling():
             return self.inline.values[f"{self.prefix}.{name}"]
         return self.reader.read_weight(f"{self.prefix}.{name}")
+
+
+def _forward_of(module: nn.Module) -> FunctionType | None:
+    function = type(module).forward
+    return function if isinstance(function, FunctionType) else None
 
 
 def _module(root: nn.Module, name: str) -> SiteModule:

@@ -37,39 +37,11 @@ def no_autograd_functions() -> Iterator[None]:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
-_is_grad_enabled = torch.is_grad_enabled
-_is_inference_mode_enabled = torch.is_inference_mode_enabled
-_is_autocast_enabled = torch.is_autocast_enabled
-
-
-@contextmanager
-def no_mode_queries() -> Iterator[None]:
-    """Raise :class:`Hazard` when the model's own code asks for grad mode or autocast: its branch would be baked in."""
-    names = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
-    originals = {name: getattr(torch, name) for name in names}
-
-    def watched(name: str) -> Any:
-        def query(*args: Any, **kwargs: Any) -> Any:
-            if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
-                raise Hazard(f"the forward asks torch.{name}()")
-            return originals[name](*args, **kwargs)
-
-        return query
-
-    for name in names:
-        setattr(torch, name, watched(name))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
-
-
 def ambient_modes() -> tuple[object, ...]:
     """The modes under which an operation runs: grad, inference, autocast per device type, default dtype."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    autocast = tuple((_is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
-    return (_is_grad_enabled(), _is_inference_mode_enabled(), autocast, torch.get_default_dtype())
+    autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch.get_default_dtype())
 
 
 def generator_states() -> tuple[Tensor, ...]:

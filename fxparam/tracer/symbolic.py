@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,13 @@ from torch.utils import _pytree as pytree
 
 from fxparam.errors import TraceError
 from fxparam.spec.names import first_names
+from fxparam.tracer.audit import Audit
 from fxparam.tracer.delivery import binding_of, weights_read_by
 from fxparam.tracer.hazards import (
     Hazard,
     ambient_modes,
     error_line,
     no_autograd_functions,
-    no_mode_queries,
     preserved_generators,
 )
 from fxparam.tracer.watch import Watch
@@ -66,6 +66,7 @@ class TracedBody:
         modules: what its ``call_module`` nodes name.
         watch: the Python state the graph took for granted.
         arguments: the names of the required arguments.
+        asked: the tensors whose shape, dtype or device the code asked for, with what it was told.
     """
 
     graph: fx.Graph
@@ -73,6 +74,7 @@ class TracedBody:
     modules: Mapping[str, nn.Module]
     watch: Watch
     arguments: tuple[str, ...]
+    asked: Mapping[str, tuple[Any, ...]]
 
 
 def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
@@ -90,9 +92,9 @@ def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
         with (
             preserved_generators() as used,
             no_autograd_functions(),
-            no_mode_queries(),
             weights_read_by(tracer),
             _EagerCalls(tracer),
+            tracer.audit.watching(),
         ):
             graph = tracer.trace(root)
     except Exception as error:
@@ -103,7 +105,19 @@ def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
         raise TraceError("the forward draws random numbers that are not PyTorch's, or draws them while it is traced")
     if not tracer.watch.holds():
         raise TraceError(f"the forward writes the attribute {tracer.watch.first_change()!r} of a module")
-    return TracedBody(graph, tracer.tensors, tracer.leaves, Watch(tracer.looked_into), tuple(tracer.arguments))
+    looked_into = set(map(id, tracer.looked_into))
+    watch = Watch(
+        tracer.looked_into,
+        others=[module for module in root.modules() if id(module) not in looked_into],
+        names=tracer.audit.names | {"training"},
+        places=tracer.audit.globals,
+    )
+    return TracedBody(graph, tracer.tensors, tracer.leaves, watch, tuple(tracer.arguments), tracer.asked())
+
+
+def kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What code may ask of a parameter without looking at its values."""
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 class _Proxy(fx.Proxy):
@@ -132,20 +146,26 @@ class _TensorProxy(_Proxy):
 
     known: Any
 
+    @property
+    def kind(self) -> Tensor:
+        """The tensor, of which only shape, dtype and device may be used; that they were is remembered."""
+        self.__dict__["asked"] = True
+        return self.known
+
     def size(self, dim: int | None = None) -> Any:
         """The shape, or one of its sizes."""
-        return self.known.shape if dim is None else self.known.shape[dim]
+        return self.kind.shape if dim is None else self.kind.shape[dim]
 
     def dim(self) -> int:
         """The number of dimensions."""
-        return self.known.dim()
+        return self.kind.dim()
 
     def numel(self) -> int:
         """The number of elements."""
-        return self.known.numel()
+        return self.kind.numel()
 
     def __len__(self) -> int:
-        return len(self.known)
+        return len(self.kind)
 
 
 def _in_place(name: str) -> Callable[[Any, Any], Any]:
@@ -159,14 +179,15 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
-for _name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "itemsize", "is_sparse"):
-    setattr(_TensorProxy, _name, property(lambda self, name=_name: getattr(self.known, name)))  # type: ignore[misc]
+for _name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "itemsize", "is_sparse"):
+    setattr(_TensorProxy, _name, property(lambda self, name=_name: getattr(self.kind, name)))  # type: ignore[misc]
 
 
 class _Tracer(fx.Tracer):
     def __init__(self, root: nn.Module, weights: Mapping[str, Tensor]) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.weights = weights
+        self.audit = Audit(root)
         self.proxy_buffer_attributes = True
         self.modes = ambient_modes()
         self.looked_into: list[nn.Module] = [root]
@@ -174,13 +195,16 @@ class _Tracer(fx.Tracer):
         self.tensors: dict[str, Tensor] = {}
         self.arguments: list[str] = []
         self.names = first_names(root)
+        self.held = {id(value) for module in root.modules() for value in _tensors_in(module.__dict__)}
         self.reads: dict[str, _TensorProxy] = {}
         self.watch = Watch(module for module in root.modules() if not _is_torch(module))
         if reason := _hooks(root) or ("forward" in root.__dict__ and "its forward is set on the instance"):
             raise TraceError(f"{type(root).__name__}: {reason}")
-        taken = _OF_GRAPH_MODULES.intersection((*root._modules, *root._parameters, *root._buffers))
+        taken = (_OF_GRAPH_MODULES | {"hoisted", "constants", "captured"}).intersection(
+            (*root._modules, *root._parameters, *root._buffers)
+        )
         if taken:
-            raise TraceError(f"{type(root).__name__}.{sorted(taken)[0]} has a name that torch.fx.GraphModule needs for itself")
+            raise TraceError(f"{type(root).__name__}.{sorted(taken)[0]} has a name that a graph module needs for itself")
 
     # --- weights, parameters, buffers
 
@@ -199,7 +223,9 @@ class _Tracer(fx.Tracer):
     def _tensor(self, value: Tensor) -> _TensorProxy:
         name = self.names.get(id(value))
         if name is None:
-            # Held by the code itself, not registered: read by reference, under a name of its own.
+            if id(value) not in self.held:
+                raise Hazard("the forward makes a tensor in a way that cannot be recorded")
+            # Held by a module without being registered: read by reference, under a name of its own.
             name = f"captured.{len(self.tensors)}"
             self.names[id(value)] = name
         self.tensors[name] = value
@@ -214,6 +240,10 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Tensors that reach a node as they are become reads."""
         return self._tensor(a).node if type(a) in (Tensor, nn.Parameter) or isinstance(a, Tensor) else super().create_arg(a)
+
+    def asked(self) -> dict[str, tuple[Any, ...]]:
+        """The tensors whose kind the code asked for, and what they were."""
+        return {name: kind_of(proxy.known) for name, proxy in self.reads.items() if proxy.__dict__.get("asked")}
 
     # --- calls
 
@@ -287,6 +317,15 @@ class _EagerCalls(TorchFunctionMode):
             lambda leaf: self.tracer._tensor(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
         )
         return func(*args, **kwargs)
+
+
+def _tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
+    """The tensors in attributes and containers of a module."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item, depth - 1)
 
 
 def _is_torch(module: nn.Module) -> bool:

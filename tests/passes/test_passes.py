@@ -465,7 +465,7 @@ def test_substitute_that_forgets_a_read_is_caught() -> None:
 
 
 def test_a_weight_that_depends_on_an_input_is_refused() -> None:
-    program, fragments = site_program()
+    program, _ = site_program()
     graph = fx.Graph()
     x = graph.placeholder("x")
     w = graph.call_function(torch.exp, (x,))

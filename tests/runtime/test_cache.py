@@ -244,10 +244,7 @@ WRITES: dict[str, Callable[[nn.Module], None]] = {
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("trace", TRACES)
-@pytest.mark.parametrize(
-    "name",
-    WRITES,
-)
+@pytest.mark.parametrize("name", WRITES)
 def test_writes_are_seen(name: str, trace: str, mode: str) -> None:
     model, oracle = pair(trace)
     x = torch.randn(4, 5)
@@ -255,6 +252,9 @@ def test_writes_are_seen(name: str, trace: str, mode: str) -> None:
         module.train(mode == "train")
         with torch.no_grad():
             before = module(x)
+        if name == "swap_tensors" and isinstance(module, fxp.ParametrizedModule):
+            # The private graph of an entry refers to the latents, and PyTorch swaps nothing that a graph refers to.
+            module.invalidate()
         WRITES[name](module)
     same(model(x), oracle(x))
     assert not torch.allclose(before, oracle(x))

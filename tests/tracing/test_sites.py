@@ -350,11 +350,10 @@ def story(eager: nn.Module, model: nn.Module) -> None:
     same(observe(model, 9), observe(eager, 9), "train again")
 
 
-WRITES = "simplify merges reads across a site's writes, and the prologue keeps only ancestors of its values: in-place writes are lost"
+WRITES = "in-place writes inside a site are lost: the prologue keeps only ancestors of its values, and simplify merges reads"
 BUGS = {
     "Random": "making a plan draws from the generators (present_values in _fragments)",
     "PythonRandom": "making a plan draws from the generators (present_values in _fragments)",
-    "Dropped": "Runtime.volatile is that of the last plan made, not of the plan in use: KeyError back in training",
     "InPlaceOnFresh": WRITES,
 }
 

@@ -1,7 +1,7 @@
 """Models on which a naive symbolic trace is wrong without a word: transformed, each does what it does eagerly.
 
-The oracle is the same model with ``torch.nn.utils.parametrize`` (or nothing) in plain PyTorch. Both go through the same story: a
-list of changes (``model.eval()``, an attribute, a hook) and calls; outputs, gradients and buffers are compared after each call.
+The oracle is the same model with ``torch.nn.utils.parametrize`` (or nothing) in plain PyTorch. Both go through the same story:
+a list of changes (``model.eval()``, an attribute, a hook) and calls; outputs, gradients and buffers are compared after each call.
 """
 
 from __future__ import annotations
@@ -915,8 +915,11 @@ class TryFunction(Base):
             return y.tanh()
 
 
+TWOS = torch.full((N,), 2.0, dtype=torch.float64)
+
+
 class DefaultTensorArgument(Base):
-    def forward(self, x: Tensor, scale: Tensor = torch.full((N,), 2.0, dtype=torch.float64)) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor = TWOS) -> Tensor:
         return self.lin(x) * scale.exp()
 
 
@@ -2012,7 +2015,6 @@ MERGED = "simplify merges reads across a write"
 STATE = "a called module that writes its buffers or weights does not count as writing them"
 MEMORY = "two registered tensors on one memory do not count as aliases"
 FRESH = "a tensor made anew at each call, past the modes, is kept as a constant"
-KIND = "without sources the entry is never left, although the kind of the tensors changed"
 TOGGLED = "an attribute that the forward writes and puts back is lost"
 AUTOGRAD = "autograd.grad, saved-tensor hooks or functorch inside the forward are lost"
 NAMES = "submodules named hoisted, constants or captured are hidden by the body's own"
@@ -2061,11 +2063,9 @@ BUGS: dict[tuple[str, bool], str] = {
     **dict.fromkeys([("aliased buffers", False), ("aliased buffers", True)], MEMORY),
     **dict.fromkeys([("fresh Tensor()", False), ("fresh Tensor()", True)], FRESH),
     **dict.fromkeys([("fresh as_tensor", False), ("fresh as_tensor", True)], FRESH),
-    ("dtype baked", False): KIND,
     **dict.fromkeys([("toggles training", False), ("toggles training", True)], TOGGLED),
     **dict.fromkeys([("enable_grad", False), ("enable_grad", True)], AUTOGRAD),
     **dict.fromkeys([("saved tensor hooks", False), ("saved tensor hooks", True)], AUTOGRAD),
-    ("vmap", True): AUTOGRAD,
     **dict.fromkeys([("private names", False), ("private names", True)], NAMES),
 }
 
