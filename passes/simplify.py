@@ -39,12 +39,13 @@ class Simplify(Pass):
 
 
 def _merge(graph: fx.Graph, program: Program) -> int:
-    written = written_memory(graph, program.modules)
+    written = written_memory(graph, program.modules, program.tensors, by_sites=True)
     seen: dict[object, fx.Node] = {}
     count = 0
     for node in list(graph.nodes):
-        mergeable = node.op in ("get_attr", "call_function", "call_method") and effect_of(node).pure and node not in written
-        if not mergeable:
+        # Neither what is written nor what is computed from it: before and after the write are two values.
+        steady = written.keys().isdisjoint((node, *node.all_input_nodes))
+        if node.op not in ("get_attr", "call_function", "call_method") or not effect_of(node).pure or not steady:
             continue
         key = (node.op, node.target, _key(node.args), _key(node.kwargs))
         first = seen.setdefault(key, node)

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import IntEnum
 
+import torch
 from networkx.utils import UnionFind
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxparam.program.effects import Effect, effect_of
 from fxparam.program.program import deliver, output_of
@@ -29,16 +30,19 @@ class BindingTime(IntEnum):
     call = 2
 
 
-def binding_times(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[dict[fx.Node, BindingTime], dict[fx.Node, str]]:
+def binding_times(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
+) -> tuple[dict[fx.Node, BindingTime], dict[fx.Node, str]]:
     """The binding time of each node, and for each node kept at ``call`` in spite of its inputs, the reason.
 
     Args:
         graph: any graph.
         modules: the targets of its ``call_module`` nodes.
+        tensors: what its ``get_attr`` nodes name.
     """
     effects = {node: effect_of(node, modules.get(str(node.target))) for node in graph.nodes}
-    held = _held(graph, effects, modules)
-    unsteady = written_memory(graph, modules, by_sites=True)
+    held = _held(graph, effects, modules, tensors)
+    unsteady = written_memory(graph, modules, tensors, by_sites=True)
     times: dict[fx.Node, BindingTime] = {}
     reasons: dict[fx.Node, str] = {}
     for node in graph.nodes:
@@ -65,30 +69,25 @@ def _why_call(node: fx.Node, effect: Effect) -> str:
     return ""
 
 
-def _held(graph: fx.Graph, effects: Mapping[fx.Node, Effect], modules: Mapping[str, nn.Module]) -> dict[fx.Node, str]:
+def _held(
+    graph: fx.Graph, effects: Mapping[fx.Node, Effect], modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
+) -> dict[fx.Node, str]:
     """The nodes whose memory is written at call time or handed to the caller, with the reason."""
-    written = written_memory(graph, modules)
-    owned = {
-        f"{node.target}.{name}"
-        for node in graph.nodes
-        if node.op == "call_module" and "site" not in node.meta and node.target in modules
-        for name, _ in modules[str(node.target)].named_buffers()
-    }
     held = dict.fromkeys(_returned(graph, effects), "the model returns it")
-    for node in graph.nodes:
-        if node in written:
-            held[node] = f"its memory is written by {target_name(written[node])}"
-        elif node.op == "get_attr" and node.target in owned and "site" not in node.meta:
-            held[node] = f"the buffer {node.target} belongs to a module that may write it"
+    for node, writer in written_memory(graph, modules, tensors).items():
+        held[node] = f"its memory is written by {target_name(writer)}"
     return held
 
 
-def written_memory(graph: fx.Graph, modules: Mapping[str, nn.Module], *, by_sites: bool = False) -> dict[fx.Node, fx.Node]:
+def written_memory(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], *, by_sites: bool = False
+) -> dict[fx.Node, fx.Node]:
     """The nodes that may share memory with one that is written, and for each a node that writes.
 
     Args:
         graph: any graph.
         modules: the targets of its ``call_module`` nodes.
+        tensors: what its ``get_attr`` nodes name; two names may be one memory.
         by_sites: whether what sites do inside their own graphs counts as well.
     """
     effects = {node: effect_of(node, modules.get(str(node.target))) for node in graph.nodes}
@@ -100,17 +99,36 @@ def written_memory(graph: fx.Graph, modules: Mapping[str, nn.Module], *, by_site
         if node not in opaque and (by_sites or "site" not in node.meta)
         for other in effects[node].writes
     }
+    writers |= _own_state(graph, modules)
     if not writers:
         return {}
     alias: UnionFind = UnionFind(graph.nodes)
     first_read: dict[object, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
-            alias.union(first_read.setdefault(node.target, node), node)
+            alias.union(first_read.setdefault(_memory(str(node.target), tensors), node), node)
         elif effects[node].aliases and node not in opaque:
             alias.union(node, *node.all_input_nodes)
     sets = {alias[other]: node for other, node in writers.items()}
     return {node: sets[alias[node]] for node in graph.nodes if alias[node] in sets}
+
+
+def _own_state(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, fx.Node]:
+    """Reads of what belongs to a module that is called as a whole and may write it: buffers, renormalized embeddings."""
+    owned: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and "site" not in node.meta and node.target in modules:
+            for path, module in modules[str(node.target)].named_modules(prefix=str(node.target)):
+                names = [*module._buffers, *(module._parameters if getattr(module, "max_norm", None) is not None else ())]
+                owned |= {f"{path}.{name}": node for name in names}
+    return {node: owned[str(node.target)] for node in graph.nodes if node.op == "get_attr" and node.target in owned}
+
+
+def _memory(name: str, tensors: Mapping[str, Tensor]) -> object:
+    tensor = tensors.get(name)
+    if tensor is None or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return name
+    return (tensor.device, tensor.untyped_storage().data_ptr())
 
 
 def _returned(graph: fx.Graph, effects: Mapping[fx.Node, Effect]) -> set[fx.Node]:

@@ -51,7 +51,7 @@ class Line:
         self.program, self.weights = program, weights
         self.max_growth, self.sink_views, self.sink_constants = max_growth, sink_views, sink_constants
         self.nodes = list(program.graph.nodes)
-        self.times, self.reasons = binding_times(program.graph, program.modules)
+        self.times, self.reasons = binding_times(program.graph, program.modules, program.tensors)
         self.names = {node.args[1]: str(node.args[0]) for node in reversed(self.nodes) if node.target is deliver}
         self._check_weights()
         self.values = self._evaluate()

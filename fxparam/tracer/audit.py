@@ -45,6 +45,7 @@ _QUESTIONS = frozenset(
     grad data_ptr _version __dict__ __class__ current_device initial_seed get_rng_state get_default_dtype get_num_threads""".split()
 )
 # PyTorch's Python that does something a graph of operations does not show.
+_MODE_SWITCHES = frozenset({"no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "autocast"})
 _INTERVENES = (
     "torch.autograd",
     "torch.func",
@@ -52,6 +53,10 @@ _INTERVENES = (
     "torch.utils.checkpoint",
     "torch.random",
     "torch.distributed",
+)
+_OF_MODULES = frozenset(
+    """__call__ _wrapped_call_impl _call_impl __getattr__ children named_children modules named_modules parameters
+    named_parameters buffers named_buffers get_submodule get_parameter get_buffer extra_repr""".split()
 )
 _MODULES = (torch, math, operator)
 _STANDARD = frozenset({"typing", "operator", "math", "collections", "functools", "enum", "abc", "numbers", "types"})
@@ -73,6 +78,7 @@ class Audit:
         self.globals: list[tuple[Any, str]] = []
         self.functions: list[types.FunctionType] = []
         self._seen: set[types.CodeType] = set()
+        self._with_defaults: set[types.CodeType] = set()
         self._unwatchable: dict[str, str] = {}
         self._containers: dict[str, str] = {}
         for path, module in root.named_modules():
@@ -105,6 +111,8 @@ class Audit:
         if home.startswith(("torch", "fxparam")) and home.split(".")[0] in ("torch", "fxparam"):
             if home.startswith(_INTERVENES) and _is_users(frame.f_back):
                 raise Hazard(f"the forward calls {home}.{frame.f_code.co_name}, which a graph of operations does not show")
+            if home == "torch.nn.modules.module" and frame.f_code.co_name not in _OF_MODULES and _is_users(frame.f_back):
+                raise Hazard(f"the forward calls {frame.f_code.co_name}() of a module, which changes it")
             return
         if home.split(".")[0] in sys.stdlib_module_names and home != "__main__":
             if _is_users(frame.f_back) and home.split(".")[0] not in _STANDARD:
@@ -117,9 +125,12 @@ class Audit:
 
     def _look(self, code: types.CodeType, namespace: dict[str, Any], local: dict[str, Any]) -> None:
         at = f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}"
-        if code.co_exceptiontable:
-            raise Hazard(f"{code.co_name} has a try or with statement ({at})")
         names = set(code.co_names)
+        if code.co_exceptiontable:
+            what = "switches grad mode or autocast" if names & _MODE_SWITCHES else "has a try or with statement"
+            raise Hazard(f"{code.co_name} {what} ({at})")
+        if code in self._with_defaults:
+            raise Hazard(f"{code.co_name} has a default that outlives the call ({at})")
         if asked := names & _QUESTIONS:
             raise Hazard(f"{code.co_name} asks for {sorted(asked)[0]} ({at})")
         if lost := names & self._unwatchable.keys():
@@ -141,7 +152,7 @@ class Audit:
         stores = False
         for instruction in instructions:
             if instruction.opname in _WRITES:
-                raise Hazard(f"{code.co_name} writes {instruction.argval} ({at})")
+                raise Hazard(f"{code.co_name} writes {instruction.argval!r} ({at})")
             if instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars:
                 raise Hazard(f"{code.co_name} writes {instruction.argval} of an enclosing function ({at})")
             stores = stores or instruction.opname == "STORE_SUBSCR"
@@ -180,6 +191,8 @@ class Audit:
         self._check_value(value, f"{code.co_name} reads the global {name}", at)
 
     def _check_value(self, value: Any, what: str, at: str) -> None:
+        if (getattr(value, "__module__", None) or "").split(".")[0] in ("random", "numpy"):
+            raise Hazard(f"{what}: random numbers and arrays that are not PyTorch's are baked in ({at})")
         if isinstance(value, types.FunctionType):
             self._look_at_function(value, at)
         elif isinstance(value, type):
@@ -190,6 +203,8 @@ class Audit:
         elif isinstance(value, types.BuiltinFunctionType):
             owner = getattr(value, "__self__", None)
             home = value.__module__ or type(owner).__module__
+            if home.startswith(("_random", "random", "numpy")):
+                raise Hazard(f"{what}: random numbers that are not PyTorch's are baked in ({at})")
             if not (home.startswith(("torch", "math", "_operator", "builtins")) or owner in (torch, math)):
                 raise Hazard(f"{what}, a function of {home} ({at})")
         elif isinstance(value, types.ModuleType | nn.Module) or _is_of_torch(value):
@@ -216,7 +231,7 @@ class Audit:
                 if isinstance(value, types.FunctionType):
                     for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
                         if isinstance(default, list | dict | set) or not (is_watchable(default) or _is_of_torch(default)):
-                            self._unwatchable[name] = f"{base.__name__}.{name}, with a default that outlives the call"
+                            self._with_defaults.add(value.__code__)
                 elif isinstance(value, property | classmethod | staticmethod | types.MemberDescriptorType):
                     continue
                 elif isinstance(value, list | dict | set) or not is_watchable(value):
