@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxparam.program import Pass, Program, Record, copy_graph, effect_of
-from fxparam.program.binding import written_memory
+from fxparam.program.binding import returned_memory, written_memory
 
 
 @final
@@ -39,13 +39,20 @@ class Simplify(Pass):
 
 
 def _merge(graph: fx.Graph, program: Program) -> int:
-    written = written_memory(graph, program.modules, program.tensors, by_sites=True)
+    written = written_memory(graph, program.modules, program.tensors)
+    returned = returned_memory(graph, program.modules)
     seen: dict[object, fx.Node] = {}
     count = 0
     for node in list(graph.nodes):
         # Neither what is written nor what is computed from it: before and after the write are two values.
         steady = written.keys().isdisjoint((node, *node.all_input_nodes))
-        if node.op not in ("get_attr", "call_function", "call_method") or not effect_of(node).pure or not steady:
+        # Two values that the caller gets stay two: it may write to one of them.
+        if (
+            node in returned
+            or node.op not in ("get_attr", "call_function", "call_method")
+            or not effect_of(node).pure
+            or not steady
+        ):
             continue
         key = (node.op, node.target, _key(node.args), _key(node.kwargs))
         first = seen.setdefault(key, node)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fxparam.runtime.module import ParametrizedModule
-from fxparam.runtime.plan import present_values
 from fxparam.spec.names import PARAMETRIZATIONS
 from fxparam.tracer.copying import structural_copy
 from fxparam.tracer.delivery import binding_of, uninstall
+from fxparam.tracer.looking import present_values
 from fxparam.tracer.site import SiteModule
 
 

@@ -14,7 +14,6 @@ from fxparam.errors import SpecError
 from fxparam.program import Site
 from fxparam.runtime.module import ParametrizedModule
 from fxparam.runtime.optimizers import repoint, watch_replaced
-from fxparam.runtime.plan import present_values
 from fxparam.spec.names import PARAMETRIZATIONS, NamedTensor, join, named_tensors, split
 from fxparam.spec.resolve import Task, home_of, latent_owner, resolve
 from fxparam.spec.spec import Spec
@@ -22,6 +21,7 @@ from fxparam.tracer.adoption import Adopted
 from fxparam.tracer.building import adopted_site, build_site
 from fxparam.tracer.copying import structural_copy
 from fxparam.tracer.delivery import Binding, install
+from fxparam.tracer.looking import present_values
 from fxparam.tracer.site import SiteModule, Sites
 
 TRACES = ("auto", "live", "symbolic")

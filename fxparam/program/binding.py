@@ -41,8 +41,7 @@ def binding_times(
         tensors: what its ``get_attr`` nodes name.
     """
     effects = {node: effect_of(node, modules.get(str(node.target))) for node in graph.nodes}
-    held = _held(graph, effects, modules, tensors)
-    unsteady = written_memory(graph, modules, tensors, by_sites=True)
+    held = _held(graph, modules, tensors)
     times: dict[fx.Node, BindingTime] = {}
     reasons: dict[fx.Node, str] = {}
     for node in graph.nodes:
@@ -51,7 +50,7 @@ def binding_times(
             time = BindingTime.call
         elif node.op == "get_attr":
             time = BindingTime.step
-        if time is BindingTime.constant and (node in unsteady or not effects[node].pure):
+        if time is BindingTime.constant and not effects[node].pure:
             time = BindingTime.step
         reason = held.get(node) or ("" if "site" in node.meta else _why_call(node, effects[node]))
         if reason and time < BindingTime.call:
@@ -69,36 +68,26 @@ def _why_call(node: fx.Node, effect: Effect) -> str:
     return ""
 
 
-def _held(
-    graph: fx.Graph, effects: Mapping[fx.Node, Effect], modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
-) -> dict[fx.Node, str]:
+def _held(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[fx.Node, str]:
     """The nodes whose memory is written at call time or handed to the caller, with the reason."""
-    held = dict.fromkeys(_returned(graph, effects), "the model returns it")
+    held = dict.fromkeys(returned_memory(graph, modules), "the model returns it")
     for node, writer in written_memory(graph, modules, tensors).items():
         held[node] = f"its memory is written by {target_name(writer)}"
     return held
 
 
-def written_memory(
-    graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], *, by_sites: bool = False
-) -> dict[fx.Node, fx.Node]:
+def written_memory(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[fx.Node, fx.Node]:
     """The nodes that may share memory with one that is written, and for each a node that writes.
 
     Args:
         graph: any graph.
         modules: the targets of its ``call_module`` nodes.
         tensors: what its ``get_attr`` nodes name; two names may be one memory.
-        by_sites: whether what sites do inside their own graphs counts as well.
     """
     effects = {node: effect_of(node, modules.get(str(node.target))) for node in graph.nodes}
     # An opaque map of a weight may return its latent unchanged, but it never writes to it.
     opaque = {node for node in graph.nodes if node.op == "call_module" and "site" in node.meta}
-    writers = {
-        other: node
-        for node in graph.nodes
-        if node not in opaque and (by_sites or "site" not in node.meta)
-        for other in effects[node].writes
-    }
+    writers = {other: node for node in graph.nodes if node not in opaque for other in effects[node].writes}
     writers |= _own_state(graph, modules)
     if not writers:
         return {}
@@ -131,7 +120,7 @@ def _memory(name: str, tensors: Mapping[str, Tensor]) -> object:
     return (tensor.device, tensor.untyped_storage().data_ptr())
 
 
-def _returned(graph: fx.Graph, effects: Mapping[fx.Node, Effect]) -> set[fx.Node]:
+def returned_memory(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
     """The nodes whose memory the caller gets: computed per call, so that a caller's write reaches nobody else.
 
     Weights are exempt: a write to a delivered weight moves its version, and the cache sees that.
@@ -144,7 +133,7 @@ def _returned(graph: fx.Graph, effects: Mapping[fx.Node, Effect]) -> set[fx.Node
         if node in found or node in delivered or node.op in ("placeholder", "get_attr"):
             continue
         found.add(node)
-        if effects[node].aliases:
+        if effect_of(node, modules.get(str(node.target))).aliases:
             todo.extend(node.all_input_nodes)
     return found
 

@@ -199,6 +199,8 @@ def _functional_effect(node: fx.Node, name: str) -> Effect:
         if any(value is True for value in node.args):
             return Effect(known=False, writes=tuple(node.all_input_nodes), aliases=True)
         return Effect(aliases=name in ("pad", "interpolate", "upsample"))
+    if "dropout" in name:
+        return Effect(random=True)
     if name == "scaled_dot_product_attention":
         return Effect(random=bool(options.get("dropout_p", 0.0)) or len(node.args) > 4)
     known, random, writes, aliases = _packet(name)

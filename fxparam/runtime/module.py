@@ -171,6 +171,19 @@ class ParametrizedModule(nn.Module):
                 raise
             return getattr(live, name)
 
+    # By the names of the user's model, whatever attributes of ours have the same.
+    def get_submodule(self, target: str) -> nn.Module:
+        """The submodule of the user's model with this dotted name."""
+        return self._fxp_live.get_submodule(target)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter with this dotted name."""
+        return self._fxp_live.get_parameter(target)
+
+    def get_buffer(self, target: str) -> Tensor:
+        """The buffer with this dotted name."""
+        return self._fxp_live.get_buffer(target)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training" and "_fxp_live" in self.__dict__:
             self.__dict__["training"] = self._fxp_live.training = value

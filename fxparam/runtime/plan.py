@@ -21,6 +21,7 @@ from fxparam.program.line import CONSTANTS, HOISTED
 from fxparam.runtime.bridge import Component
 from fxparam.spec.names import named_tensors, split
 from fxparam.tracer.delivery import Inline, WeightReader, binding_of
+from fxparam.tracer.looking import present_values
 from fxparam.tracer.site import SiteModule
 from fxparam.tracer.site_tracing import OpaqueSite, SiteTracer
 from fxparam.tracer.symbolic import TracedBody, kind_of, trace_body
@@ -147,20 +148,6 @@ def _fragments(root: nn.Module, sites: Sequence[Site], tracer: SiteTracer) -> tu
         for aliases, value in zip(site.aliases, present_values(module, tuple(reads.values())), strict=True):
             weights |= dict.fromkeys(aliases, value)
     return fragments, weights
-
-
-@torch.no_grad()
-def present_values(site: SiteModule, reads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The weights of a site as they are now, without advancing any state of its maps."""
-    modes = [(module, module.training) for module in site.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        value = site(*reads)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _notes(fragments: Mapping[str, Fragment]) -> tuple[Record, ...]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import gc
 import math
 import operator
 import sys
@@ -47,12 +48,8 @@ _QUESTIONS = frozenset(
 # PyTorch's Python that does something a graph of operations does not show.
 _MODE_SWITCHES = frozenset({"no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "autocast"})
 _INTERVENES = (
-    "torch.autograd",
-    "torch.func",
-    "torch._functorch",
-    "torch.utils.checkpoint",
-    "torch.random",
-    "torch.distributed",
+    *("torch.autograd.", "torch.func.", "torch._functorch.", "torch.utils.checkpoint."),
+    *("torch.random.", "torch.distributed."),
 )
 _OF_MODULES = frozenset(
     """__call__ _wrapped_call_impl _call_impl __getattr__ children named_children modules named_modules parameters
@@ -97,19 +94,23 @@ class Audit:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Look at everything that runs inside the block in this thread."""
-        before = sys.getprofile()
+        before, collecting = sys.getprofile(), gc.isenabled()
+        # The garbage collector runs code of others in between.
+        gc.disable()
         sys.setprofile(self._on_event)
         try:
             yield
         finally:
             sys.setprofile(before)
+            if collecting:
+                gc.enable()
 
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event != "call" or frame.f_code in self._seen:
             return
         home = frame.f_globals.get("__name__", "")
         if home.startswith(("torch", "fxparam")) and home.split(".")[0] in ("torch", "fxparam"):
-            if home.startswith(_INTERVENES) and _is_users(frame.f_back):
+            if f"{home}.".startswith(_INTERVENES) and _is_users(frame.f_back):
                 raise Hazard(f"the forward calls {home}.{frame.f_code.co_name}, which a graph of operations does not show")
             if home == "torch.nn.modules.module" and frame.f_code.co_name not in _OF_MODULES and _is_users(frame.f_back):
                 raise Hazard(f"the forward calls {frame.f_code.co_name}() of a module, which changes it")

@@ -18,6 +18,7 @@ from fxparam.declaration import Custom, Declaration, Entry, Existing, Ref
 from fxparam.errors import ImageError, SpecError
 from fxparam.spec.resolve import Task
 from fxparam.tracer.adoption import Adopted
+from fxparam.tracer.looking import present_values
 from fxparam.tracer.site import SiteModule, invert
 
 Value = Tensor | tuple[Tensor, ...]
@@ -210,15 +211,7 @@ def _as_latents(value: Value, trainable: bool, is_buffer: bool) -> Value:
 
 def _check(site: SiteModule, reads: Sequence[Tensor], target: Value, notes: Sequence[str]) -> str:
     """Compare what the site yields now with the weight it replaces; returns the line for the report."""
-    # Maps may advance their state when they run in training; a look must not.
-    training = {module: module.training for module in site.modules()}
-    site.eval()
-    try:
-        result = site(*reads)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    got, want = _tuple(result), _tuple(target)
+    got, want = present_values(site, reads), _tuple(target)
     if len(got) != len(want) or not all(isinstance(t, Tensor) for t in got):
         raise SpecError(f"the declaration yields {len(got)} values for {len(want)} weights")
     for new, old in zip(got, want, strict=True):

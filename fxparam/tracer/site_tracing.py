@@ -18,9 +18,11 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxparam.program.effects import effect_of
 from fxparam.program.program import Fragment
 from fxparam.spec.names import join
-from fxparam.tracer.hazards import Hazard, no_autograd_functions, preserved_generators
+from fxparam.tracer.hazards import Hazard, no_autograd_functions
+from fxparam.tracer.looking import looking
 from fxparam.tracer.site import SiteModule
 
 _MODE_SWITCHES = (
@@ -38,7 +40,7 @@ class _Probe:
 
     weights: tuple[Tensor, ...]
     gradients: tuple[Tensor | None, ...]
-    writes: bool
+    writes: str
     draws: bool
 
 
@@ -116,9 +118,9 @@ def _trace(
     if name := _own_backward(probe.weights):
         return fx.Graph(), f"torch.autograd.Function {name} has a backward of its own, which a trace loses", False, {}
     if probe.writes:
-        return fx.Graph(), "writes its buffers in this mode", False, {}
+        return fx.Graph(), f"writes {probe.writes} in this mode", False, {}
     try:
-        with preserved_generators(), torch.enable_grad(), no_autograd_functions(), _quiet():
+        with looking(site), torch.enable_grad(), no_autograd_functions(), _quiet():
             module = make_fx(run, pre_dispatch=True, tracing_mode="real")(*tensors)
     except Hazard as hazard:
         return fx.Graph(), str(hazard), False, {}
@@ -140,12 +142,12 @@ def _probe(site: SiteModule, local: Mapping[str, Tensor], run: Any, tensors: Seq
         lambda module, args, out: replaced.append(any(b is not w for b, w in zip(site.buffers(), watched, strict=False)))
     )
     try:
-        with preserved_generators() as used, torch.enable_grad():
+        with looking(site) as look, torch.enable_grad():
             weights = run(*tensors)
     finally:
         handle.remove()
-    writes = any(replaced) or versions != [tensor._version for tensor in watched]
-    return _Probe(weights, _gradients(weights, tensors), writes, used[0])
+    writes = "its buffers" if any(replaced) or versions != [tensor._version for tensor in watched] else ""
+    return _Probe(weights, _gradients(weights, tensors), writes or ("its attributes" if look.wrote else ""), look.drew)
 
 
 def _own_backward(weights: Sequence[Tensor]) -> str:
@@ -181,6 +183,8 @@ def _unfaithful(module: fx.GraphModule, tensors: Sequence[Tensor], probe: _Probe
     for node in module.graph.nodes:
         if getattr(node.target, "__name__", "") in _MODE_SWITCHES:
             return "switches grad mode or autocast inside"
+        if effect_of(node).writes:
+            return "writes in place inside"
     with torch.enable_grad():
         weights = module(*tensors)
     if not all(map(_close, weights, probe.weights)):
