@@ -94,7 +94,11 @@ def main() -> None:
         "per read": training_step(copy.deepcopy(per_read), x),
     }
     timings = race(contestants, rounds=options.rounds)
-    print(table(f"Recurrence, hidden {options.hidden}, {options.steps} steps, forward + backward + SGD", timings, "hoisted by hand"))
+    print(
+        table(
+            f"Recurrence, hidden {options.hidden}, {options.steps} steps, forward + backward + SGD", timings, "hoisted by hand"
+        )
+    )
     stats = transformed.stats
     calls = options.rounds + 3
     print(f"\nprologue per optimizer step: {stats.refreshes / calls:g} evaluations, {stats.backwards / calls:g} backwards")

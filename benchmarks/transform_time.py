@@ -1,6 +1,6 @@
 """The time of ``transform`` as a ratio to a plain ``torch.fx.symbolic_trace``, for stacks of weight-normed layers.
 
-    python benchmarks/transform_time.py
+python benchmarks/transform_time.py
 """
 
 from __future__ import annotations

@@ -47,12 +47,8 @@ def _merge(graph: fx.Graph, program: Program) -> int:
         # Neither what is written nor what is computed from it: before and after the write are two values.
         steady = written.keys().isdisjoint((node, *node.all_input_nodes))
         # Two values that the caller gets stay two: it may write to one of them.
-        if (
-            node in returned
-            or node.op not in ("get_attr", "call_function", "call_method")
-            or not effect_of(node).pure
-            or not steady
-        ):
+        single = node.op in ("get_attr", "call_function", "call_method") and node not in returned
+        if not single or not steady or not effect_of(node).pure:
             continue
         key = (node.op, node.target, _key(node.args), _key(node.kwargs))
         first = seen.setdefault(key, node)

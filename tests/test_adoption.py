@@ -119,9 +119,7 @@ def tied() -> nn.Module:
 
 def shared_step() -> nn.Module:
     step = Scaled()
-    return nn.Sequential(
-        registered(nn.Linear(3, 3), "weight", step), nn.Tanh(), registered(nn.Linear(3, 3), "weight", step)
-    )
+    return nn.Sequential(registered(nn.Linear(3, 3), "weight", step), nn.Tanh(), registered(nn.Linear(3, 3), "weight", step))
 
 
 def globally_pruned() -> nn.Module:
@@ -427,9 +425,7 @@ def test_legacy_names_lead_to_the_names_of_parametrize(case: str) -> None:
     if len(adopted.originals) == 1:
         scheme = {"parametrizations.weight.original": adopted.originals[0]}
     for i, step in enumerate(adopted.steps):
-        scheme |= {
-            f"parametrizations.weight.{i}.{name}": tensor for name, tensor in step.state_dict(keep_vars=True).items()
-        }
+        scheme |= {f"parametrizations.weight.{i}.{name}": tensor for name, tensor in step.state_dict(keep_vars=True).items()}
     state = model.state_dict(keep_vars=True)
     assert set(adopted.legacy_names.values()) == set(scheme)
     if case == "new weight norm":
@@ -613,9 +609,7 @@ def test_a_module_dict_that_happens_to_be_called_parametrizations_is_left_alone(
     assert isinstance(copied.root.get_submodule("parametrizations.weight"), nn.Linear)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if "hook" in CASES[case][3][0] or "prune" in CASES[case][3][0]]
-)
+@pytest.mark.parametrize("case", [case for case in CASES if "hook" in CASES[case][3][0] or "prune" in CASES[case][3][0]])
 def test_without_adoption_legacy_hooks_keep_running(case: str) -> None:
     make, draw, use, _ = CASES[case]
     model = make()

@@ -181,9 +181,7 @@ def test_the_same_nodes_and_names_as_exporting_the_plain_model_directly(name: st
     model, args = build().eval(), inputs()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        direct = torch.onnx.export(
-            model, args, dynamo=True, optimize=False, verbose=False, dynamic_shapes=dynamic
-        ).model_proto  # type: ignore[union-attr]
+        direct = torch.onnx.export(model, args, dynamo=True, optimize=False, verbose=False, dynamic_shapes=dynamic).model_proto  # type: ignore[union-attr]
     exported = torch.export.export(model, args, dynamic_shapes=dynamic)
     export_program(exported, tmp_path / "m.onnx", reference=model, args=args, verify=0)
     ours = onnx.load(tmp_path / "m.onnx").graph
@@ -303,9 +301,7 @@ def test_random_inputs_find_what_the_given_ones_hide(tmp_path: Path) -> None:
     model = Mlp().eval()
     exported = torch.export.export(model, (torch.zeros(2, 6),))
     with pytest.raises(ExportError, match="on the random 1 inputs"):
-        export_program(
-            exported, tmp_path / "m.onnx", reference=lambda x: model(x) + x[:, :3], args=(torch.zeros(2, 6),)
-        )
+        export_program(exported, tmp_path / "m.onnx", reference=lambda x: model(x) + x[:, :3], args=(torch.zeros(2, 6),))
 
 
 def test_a_model_that_draws_random_numbers_is_told_so(tmp_path: Path) -> None:
@@ -347,12 +343,8 @@ ON_WEIGHT = r"It depends on parameters only: fold it into a constant first \(fxp
         (Input, lambda a: torch.linalg.qr(a)[0], "linalg_qr", ON_INPUT),
     ],
 )
-def test_operations_without_an_onnx_form(
-    kind: type[Input], operation: Any, op: str, advice: str, tmp_path: Path
-) -> None:
-    with pytest.raises(
-        ExportError, match=rf"aten\.{op}\.\w+ has no ONNX form, at .*test_export_onnx\.py:\d+ `.*{advice}"
-    ):
+def test_operations_without_an_onnx_form(kind: type[Input], operation: Any, op: str, advice: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=rf"aten\.{op}\.\w+ has no ONNX form, at .*test_export_onnx\.py:\d+ `.*{advice}"):
         simple(kind(operation), tmp_path / "m.onnx", torch.eye(3))
     assert list(tmp_path.iterdir()) == []
 
@@ -481,9 +473,7 @@ def test_integers_and_booleans_compare_exactly() -> None:
 
 
 def test_shapes_and_dtypes_must_agree() -> None:
-    with pytest.raises(
-        ExportError, match=r"'y' \(given inputs\) is torch.float32 of shape \(2,\) in ONNX Runtime and torch"
-    ):
+    with pytest.raises(ExportError, match=r"'y' \(given inputs\) is torch.float32 of shape \(2,\) in ONNX Runtime and torch"):
         compare("given", "y", torch.zeros(3), torch.zeros(2), 0.5)
 
 

@@ -184,9 +184,7 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "m.onnx"
     save(path)
     whole = path.read_bytes()
-    path.write_bytes(
-        {"empty": b"", "noise": b"\xff" * 99, "truncated": whole[:-1], "half": whole[: len(whole) // 2]}[damage]
-    )
+    path.write_bytes({"empty": b"", "noise": b"\xff" * 99, "truncated": whole[:-1], "half": whole[: len(whole) // 2]}[damage])
     with pytest.raises(ExportError, match=r"m\.onnx is corrupt, truncated or no ONNX file \(.*export it again"):
         files.read_model(path)
 
@@ -211,9 +209,7 @@ def relocate(path: Path, **entries: str) -> None:
     path.write_bytes(proto.SerializeToString())
 
 
-@pytest.mark.parametrize(
-    "location", ["../secret.data", "/etc/passwd", "a/../../secret.data", "C:\\secret", "..\\secret"]
-)
+@pytest.mark.parametrize("location", ["../secret.data", "/etc/passwd", "a/../../secret.data", "C:\\secret", "..\\secret"])
 def test_external_data_outside_the_folder_are_refused(tmp_path: Path, location: str) -> None:
     folder = tmp_path / "inner"
     folder.mkdir()
@@ -270,7 +266,5 @@ def test_same_view_tells_storage_and_layout_apart() -> None:
 
 
 def test_missing_packages_name_the_extra() -> None:
-    with pytest.raises(
-        MissingExtraError, match=r"no_such_package is needed to export .* pip install 'fxparam\[onnx\]'"
-    ):
+    with pytest.raises(MissingExtraError, match=r"no_such_package is needed to export .* pip install 'fxparam\[onnx\]'"):
         files.need("onnx", "no_such_package", purpose="to export ONNX files")

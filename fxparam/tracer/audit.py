@@ -18,6 +18,7 @@ from __future__ import annotations
 import builtins
 import dis
 import gc
+import itertools
 import math
 import operator
 import sys
@@ -42,8 +43,9 @@ _BUILTINS = frozenset(
     RuntimeError TypeError ValueError True False None NotImplemented Ellipsis __build_class__ print""".split()
 ) - {"print"}
 _QUESTIONS = frozenset(
-    """is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_compiling is_tracing is_scripting requires_grad grad_fn
-    grad data_ptr _version __dict__ __class__ current_device initial_seed get_rng_state get_default_dtype get_num_threads""".split()
+    """is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_compiling is_tracing is_scripting requires_grad
+    grad_fn grad data_ptr _version __dict__ __class__ current_device initial_seed get_rng_state get_default_dtype
+    get_num_threads""".split()
 )
 # PyTorch's Python that does something a graph of operations does not show.
 _MODE_SWITCHES = frozenset({"no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "autocast"})
@@ -161,7 +163,7 @@ class Audit:
             raise Hazard(f"{code.co_name} may write into {self._containers[sorted(kept)[0]]} ({at})")
 
     def _check_questions(self, code: types.CodeType, instructions: list[dis.Instruction], at: str) -> None:
-        for before, instruction in zip(instructions, instructions[1:], strict=False):
+        for before, instruction in itertools.pairwise(instructions):
             constant = before.opname == "LOAD_CONST" and not isinstance(before.argval, types.CodeType)
             if instruction.opname in ("IS_OP", "CONTAINS_OP") and not constant:
                 raise Hazard(f"{code.co_name} asks for the identity of a value ({at})")

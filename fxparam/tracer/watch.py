@@ -125,7 +125,7 @@ class Watch:
             self._sets.append((value, value.copy()))
         elif isinstance(value, types.FunctionType):
             self._hold_function(value, depth - 1)
-        elif isinstance(value, types.MethodType):
+        elif isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
             self._hold_function(value.__func__, depth - 1)
         elif _is_plain(value):
             self._sized.append(vars(value))
