@@ -5,6 +5,8 @@ python benchmarks/transform_time.py
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from harness import race, table
 from torch import nn
@@ -19,9 +21,9 @@ def main() -> None:
         net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
         spec = fxp.Spec({"*.weight": fxp.weight_norm()})
         contestants = {
-            "symbolic_trace": lambda net=net: torch.fx.symbolic_trace(net),
-            "transform(trace='live')": lambda net=net, spec=spec: fxp.transform(net, spec, trace="live"),
-            "transform": lambda net=net, spec=spec: fxp.transform(net, spec),
+            "symbolic_trace": partial(torch.fx.symbolic_trace, net),
+            "transform(trace='live')": partial(fxp.transform, net, spec, trace="live"),
+            "transform": partial(fxp.transform, net, spec),
         }
         print(table(f"{layers} layers", race(contestants, rounds=5, warmup=1), "symbolic_trace"), "\n")
 

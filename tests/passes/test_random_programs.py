@@ -183,6 +183,8 @@ def test_simplify_keeps_the_program(execute: Any, graph: fx.Graph) -> None:
 
 @given(graph=programs())
 def test_fold_keeps_the_values(execute: Any, graph: fx.Graph) -> None:
+    # Folded values are contiguous, and these fill memory in the order of their input's strides: another draw, as random.
+    assume(not any(str(node).startswith(("dropout", "rand_like", "bernoulli")) for node in graph.nodes))
     expected = expected_calls(execute, graph)
     tensors = {name: t.detach() for name, t in fresh().items()}
     program = run(Program(graph, tensors), (Fold(),))
