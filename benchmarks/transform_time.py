@@ -5,6 +5,7 @@ python benchmarks/transform_time.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,7 +21,7 @@ def main() -> None:
     for layers in (10, 100, 1000):
         net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
         spec = fxp.Spec({"*.weight": fxp.weight_norm()})
-        contestants = {
+        contestants: dict[str, Callable[[], object]] = {
             "symbolic_trace": partial(torch.fx.symbolic_trace, net),
             "transform(trace='live')": partial(fxp.transform, net, spec, trace="live"),
             "transform": partial(fxp.transform, net, spec),
