@@ -22,7 +22,7 @@ def test_same_graph() -> None:
     assert_same_graph(nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU()))
     with pytest.raises(AssertionError, match=r"from expected to found:\n1 difference: 1 changed\n~ _0: op torch.nn.Tanh -> "):
         assert_same_graph(nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()))
-    with pytest.raises(AssertionError, match="~ _0: weight value "):
+    with pytest.raises(AssertionError, match="~ _0: bias value "):
         assert_same_graph(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)), values=True)
 
 
@@ -147,7 +147,7 @@ def test_a_snapshot_is_a_listing_that_people_can_read(tmp_path: Path) -> None:
         "# fxparam graph snapshot 1",
         "%0\tinput\tinput\t0\t()",
         '%1\tcall\ttorch.nn.Linear\t0\t(%0)\t\t{"options": "in_features=2, out_features=3, bias=True", '
-        '"weight": "float32[3, 2]", "bias": "float32[3]"}',
+        '"bias": "float32[3]", "weight": "float32[3, 2]"}',
         '%2\tcall\ttorch.nn.ReLU\t1\t(%1)\t\t{"inplace": "False"}',
         "%3\toutput\toutput\t\t(%2)",
     ]

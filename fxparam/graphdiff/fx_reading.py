@@ -212,8 +212,8 @@ def module_detail(module: nn.Module, *, values: bool) -> tuple[tuple[str, str], 
 
     detail = [item for prefix, child in module.named_modules(remove_duplicate=False) for item in of(prefix, child)]
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
+    # By name: the order in which parameters were registered changes nothing a module computes.
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
         (_, kind), *digest = tensor_detail(tensor, values=values)
         detail += [(name, kind), *((f"{name} value", text) for _, text in digest)]
-    # The order in which parameters were registered changes nothing a module computes.
-    return tuple(sorted(detail))
+    return tuple(detail)
