@@ -57,7 +57,7 @@ fuzz: $(READY) ## the property tests with many new examples; SEED=n starts elsew
 	FXPARAM_PROFILE=large $(PYTEST) -n $(WORKERS) -m "hypothesis and not zoo" --hypothesis-seed=$(SEED)
 
 bench: $(READY) ## the measurements behind the figures in the documentation
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 zoo: $(READY) ## the long tests over public model architectures
 	$(PYTEST) -n $(WORKERS) -m zoo
