@@ -38,10 +38,11 @@ class Block:
         """The values of some components, by position, for one forward: cut off, or carrying the sums where DDP synchronizes."""
         at = [position for number in numbers for position in published.components[number].values]
         with torch.inference_mode(False):
+            # Made now, also where they are used at the end only: a latent frozen until then is no error in PyTorch.
+            outputs = [output for number in numbers for output in published.outputs(number)]
             if not _synchronizing():
                 return dict(zip(at, _Deferred.apply(self, published, at, self.anchor), strict=True))
             self.synchronizes = True
-            outputs = [output for number in numbers for output in published.outputs(number)]
             return dict(zip(at, _Carrying.apply(self, published, at, *outputs), strict=True))
 
     def add(self, published: Published, at: Iterable[int], gradients: Iterable[Tensor | None]) -> None:

@@ -1,14 +1,6 @@
-"""The cache: one evaluation of the prologue for all reads until something changes.
+"""The runtime of one live module tree: its plans, its cache, and the delivery of weights to their readers.
 
-An entry is current while all of this holds, checked without a lock once per root forward:
-
-- every tensor the prologue reads is the same object, on the same storage, at the same version, equally trainable;
-- no optimizer that holds one of them has stepped (fused optimizers do not move the version);
-- train or eval, autocast, the options of the maps are as they were;
-- nobody wrote to a weight;
-- every latent that a backward gave a gradient still has one: ``zero_grad`` ends a step that no hook reported.
-
-Grad mode is not part of it: in training the private graph is built under ``no_grad`` as well.
+What makes a cached entry current is in :mod:`fxparam.runtime.entry`; how gradients cross it in :mod:`fxparam.runtime.bridge`.
 """
 
 from __future__ import annotations
@@ -18,8 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,13 +23,13 @@ from fxparam.program import Site
 from fxparam.runtime import steps
 from fxparam.runtime.bridge import PrivateGraph, Published, Values, private_aliases
 from fxparam.runtime.deferral import Block, refuse_sharded
+from fxparam.runtime.entry import Entry, Frame, InlineFrame, requires_grad_of, version_of
 from fxparam.runtime.plan import Plan, make_plan
 from fxparam.spec.names import first_names
 from fxparam.tracer.delivery import Inline, binding_of
 from fxparam.tracer.site import SiteModule
 from fxparam.tracer.site_tracing import SiteTracer
 
-_version, _requires_grad = attrgetter("_version"), attrgetter("requires_grad")
 _MAX_PLANS = 16
 _MAX_RETRACES = 4
 
@@ -63,61 +54,6 @@ class Stats:
         return int(getattr(self, name))
 
 
-@dataclass(eq=False)
-class _Entry:
-    """A published refresh and everything that must not have changed since."""
-
-    plan: Plan
-    published: Published
-    sources: list[Tensor]
-    modes: tuple[object, ...]
-    steps: int
-    graph: bool
-    addresses: list[int]
-    versions: list[int]
-    trainable: list[bool]
-    weight_versions: list[int]
-    # Keeps the storages: a freed one could be reused at the same address.
-    storages: list[Any] = field(default_factory=list)
-    received: set[int] = field(default_factory=set)
-
-
-class _Frame:
-    """What one root forward (or nothing, outside of one) reads: leases made on first use, for each grad mode."""
-
-    def __init__(self, entry: _Entry, block: Block | None) -> None:
-        self.entry, self.block = entry, block
-        self.leases: dict[tuple[bool, int], dict[int, Tensor]] = {}
-
-    def read(self, name: str) -> Tensor:
-        number, at = self.entry.plan.component_of[name]
-        key = (torch.is_grad_enabled(), number)
-        lease = self.leases.get(key)
-        if lease is None:
-            lease = self._lease(number)
-        return lease[at]
-
-    def _lease(self, number: int) -> dict[int, Tensor]:
-        published = self.entry.published
-        if self.block is None or not published.trains(number):
-            lease = published.lease(number)
-            self.leases[torch.is_grad_enabled(), number] = lease
-            return lease
-        # All components that train together: a synchronizing backward must carry every sum, whatever its loss reaches.
-        numbers = [other for other in range(len(published.components)) if published.trains(other)]
-        values = self.block.lease(published, numbers)
-        self.leases |= {(True, other): values for other in numbers}
-        return values
-
-
-class _InlineFrame:
-    """Weights computed in place for one forward, by name; anew for each grad mode and autocast state."""
-
-    def __init__(self) -> None:
-        self.level = torch._C._functorch.maybe_current_level()
-        self.values: dict[object, dict[str, Tensor]] = {}
-
-
 class Runtime:
     """Plans, cache and delivery for one live module tree.
 
@@ -138,7 +74,7 @@ class Runtime:
         self._maps = [module for site in self._modules for module in site.modules()]
         self._plans: dict[object, Plan] = {}
         # By autocast state: a forward that switches autocast inside reads two of them.
-        self._entries: dict[object, _Entry] = {}
+        self._entries: dict[object, Entry] = {}
         self._steps = 0
         self._retraces = 0
         self._checking = os.environ.get("FXPARAM_CHECK", "") not in ("", "0")
@@ -163,16 +99,16 @@ class Runtime:
         frame = self._frame()
         self._local.frame = frame
         try:
-            yield frame.entry.plan if isinstance(frame, _Frame) else None
+            yield frame.entry.plan if isinstance(frame, Frame) else None
         finally:
             self._local.frame = outer
 
     def read_weight(self, name: str) -> Tensor:
         """The weight (or hoisted value) with this dotted name; several reads within one forward share one evaluation."""
-        frame: _Frame | _InlineFrame | None = getattr(self._local, "frame", None)
-        if frame is None or (isinstance(frame, _Frame) and (frame.entry.modes != self._modes() or _in_functorch())):
+        frame: Frame | InlineFrame | None = getattr(self._local, "frame", None)
+        if frame is None or (isinstance(frame, Frame) and (frame.entry.modes != self._modes() or _in_functorch())):
             frame = self._frame()
-        if isinstance(frame, _InlineFrame):
+        if isinstance(frame, InlineFrame):
             if frame.level != torch._C._functorch.maybe_current_level():
                 # What is computed inside of a transform of the forward's own is dead after it.
                 return self._compute(name)[name]
@@ -307,29 +243,29 @@ class Runtime:
         """In a forked child: another thread may have held the lock, and it does not exist here."""
         self._lock = threading.RLock()
 
-    def _frame(self) -> _Frame | _InlineFrame:
+    def _frame(self) -> Frame | InlineFrame:
         if _under_a_transform():
             self.stats.inlined += 1
-            return _InlineFrame()
+            return InlineFrame()
         entry = self._entries.get(self._modes())
-        if entry is not None and self._current(entry):
+        if entry is not None and entry.is_current(self._modes(), self._steps):
             self.stats.hits += 1
             if self._checking:
                 self._recompute_and_compare(entry)
-            return _Frame(entry, self._block())
+            return Frame(entry, self._block())
         if any(not isinstance(registry.get(name), nn.Parameter) for registry, name in self._parameters):
             # functional_call and replicas put other tensors in place of the parameters for a while.
             self.stats.inlined += 1
-            return _InlineFrame()
+            return InlineFrame()
         with self._lock:
             modes = self._modes()
             entry = self._entries.get(modes)
-            if entry is None or not self._current(entry):
+            if entry is None or not entry.is_current(self._modes(), self._steps):
                 entry = self._refresh()
                 # Weights swapped in for evaluation by a write nobody sees: only the change of mode tells.
                 kept = {key: other for key, other in self._entries.items() if other.modes[-1] == modes[-1]}
                 self._entries = {**kept, modes: entry}
-            return _Frame(entry, self._block())
+            return Frame(entry, self._block())
 
     def _block(self) -> Block | None:
         blocks = getattr(self._local, "blocks", None)
@@ -382,35 +318,11 @@ class Runtime:
         flags = tuple(module.training for module in modules)
         return (self.trace, torch.get_default_dtype(), flags, tuple((t.shape, t.dtype, t.device) for t in tensors))
 
-    def _current(self, entry: _Entry) -> bool:
-        try:
-            sources = [registry[name] for registry, name in entry.plan.slots]
-            return (
-                all(map(is_, sources, entry.sources))
-                and list(map(_version, sources)) == entry.versions
-                and list(map(Tensor.data_ptr, sources)) == entry.addresses
-                and list(map(_requires_grad, sources)) == entry.trainable
-                and entry.steps == self._steps
-                and entry.modes == self._modes()
-                and (entry.graph or not torch.is_grad_enabled() or not any(entry.trainable))
-                and list(map(_version, entry.published.values)) == entry.weight_versions
-                and entry.plan.holds()
-                and self._gradients_kept(entry)
-            )
-        except (KeyError, RuntimeError):
-            # A source was taken away, or became an inference tensor, which has no version.
-            return False
-
-    def _gradients_kept(self, entry: _Entry) -> bool:
-        if not entry.received or torch._C._current_graph_task_id() != -1:
-            return True
-        return not any(entry.sources[at].grad is None and entry.sources[at].is_leaf for at in entry.received)
-
-    def _refresh(self) -> _Entry:
+    def _refresh(self) -> Entry:
         plan = self.plan
         sources = [registry[name] for registry, name in plan.slots]
         training = self.root.training or any(module.training for module in self._modules)
-        graph = any(map(_requires_grad, sources)) and (torch.is_grad_enabled() or training)
+        graph = any(map(requires_grad_of, sources)) and (torch.is_grad_enabled() or training)
         received: set[int] = set()
         stats = self.stats
 
@@ -432,7 +344,7 @@ class Runtime:
         self.stats.refreshes += 1
         held = Values(values)
         private = PrivateGraph(held, edges, on_backward)
-        return _Entry(
+        return Entry(
             plan=plan,
             published=Published(private, held, plan.components, sources),
             sources=sources,
@@ -440,14 +352,14 @@ class Runtime:
             steps=self._steps,
             graph=graph,
             addresses=list(map(Tensor.data_ptr, sources)),
-            versions=list(map(_version, sources)),
-            trainable=list(map(_requires_grad, sources)),
-            weight_versions=list(map(_version, values)),
+            versions=list(map(version_of, sources)),
+            trainable=list(map(requires_grad_of, sources)),
+            weight_versions=list(map(version_of, values)),
             storages=[source.untyped_storage() for source in sources],
             received=received,
         )
 
-    def _recompute_and_compare(self, entry: _Entry) -> None:
+    def _recompute_and_compare(self, entry: Entry) -> None:
         """``FXPARAM_CHECK=1``: what the cache hands out must be what the latents give now."""
         if any("module" in node.op for node in entry.plan.prologue.graph.nodes):
             return

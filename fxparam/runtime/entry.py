@@ -1,0 +1,114 @@
+"""One evaluation of the prologue in use, and what a forward reads of it.
+
+An entry is current while all of this holds, checked without a lock once per root forward:
+
+- every tensor the prologue reads is the same object, on the same storage, at the same version, equally trainable;
+- no optimizer that holds one of them has stepped (fused optimizers do not move the version);
+- train or eval, autocast, the options of the maps are as they were;
+- nobody wrote to a weight;
+- every latent that a backward gave a gradient still has one: ``zero_grad`` ends a step that no hook reported.
+
+Grad mode is not part of it: in training the private graph is built under ``no_grad`` as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxparam.runtime.bridge import Published
+from fxparam.runtime.deferral import Block
+from fxparam.runtime.plan import Plan
+
+version_of, requires_grad_of = attrgetter("_version"), attrgetter("requires_grad")
+
+
+@dataclass(eq=False)
+class Entry:
+    """A published refresh and everything that must not have changed since."""
+
+    plan: Plan
+    published: Published
+    sources: list[Tensor]
+    modes: tuple[object, ...]
+    steps: int
+    graph: bool
+    addresses: list[int]
+    versions: list[int]
+    trainable: list[bool]
+    weight_versions: list[int]
+    # Keeps the storages: a freed one could be reused at the same address.
+    storages: list[Any] = field(default_factory=list)
+    received: set[int] = field(default_factory=set)
+
+    def is_current(self, modes: tuple[object, ...], steps: int) -> bool:
+        """Whether nothing changed since the refresh that the weights depend on.
+
+        Args:
+            modes: autocast state and train or eval now.
+            steps: optimizer steps seen so far.
+        """
+        try:
+            sources = [registry[name] for registry, name in self.plan.slots]
+            return (
+                all(map(is_, sources, self.sources))
+                and list(map(version_of, sources)) == self.versions
+                and list(map(Tensor.data_ptr, sources)) == self.addresses
+                and list(map(requires_grad_of, sources)) == self.trainable
+                and steps == self.steps
+                and modes == self.modes
+                and (self.graph or not torch.is_grad_enabled() or not any(self.trainable))
+                and list(map(version_of, self.published.values)) == self.weight_versions
+                and self.plan.holds()
+                and self._gradients_kept()
+            )
+        except (KeyError, RuntimeError):
+            # A source was taken away, or became an inference tensor, which has no version.
+            return False
+
+    def _gradients_kept(self) -> bool:
+        # In the middle of a backward (a checkpoint that computes again) gradients are still on their way.
+        if not self.received or torch._C._current_graph_task_id() != -1:
+            return True
+        return not any(self.sources[at].grad is None and self.sources[at].is_leaf for at in self.received)
+
+
+class Frame:
+    """What one root forward (or nothing, outside of one) reads: leases made on first use, for each grad mode."""
+
+    def __init__(self, entry: Entry, block: Block | None) -> None:
+        self.entry, self.block = entry, block
+        self.leases: dict[tuple[bool, int], dict[int, Tensor]] = {}
+
+    def read(self, name: str) -> Tensor:
+        """The weight (or hoisted value) with this name, leased for this forward."""
+        number, at = self.entry.plan.component_of[name]
+        key = (torch.is_grad_enabled(), number)
+        lease = self.leases.get(key)
+        if lease is None:
+            lease = self._lease(number)
+        return lease[at]
+
+    def _lease(self, number: int) -> dict[int, Tensor]:
+        published = self.entry.published
+        if self.block is None or not published.trains(number):
+            lease = published.lease(number)
+            self.leases[torch.is_grad_enabled(), number] = lease
+            return lease
+        # All components that train together: a synchronizing backward must carry every sum, whatever its loss reaches.
+        numbers = [other for other in range(len(published.components)) if published.trains(other)]
+        values = self.block.lease(published, numbers)
+        self.leases |= {(True, other): values for other in numbers}
+        return values
+
+
+class InlineFrame:
+    """Weights computed in place for one forward, by name; anew for each grad mode and autocast state."""
+
+    def __init__(self) -> None:
+        self.level = torch._C._functorch.maybe_current_level()
+        self.values: dict[object, dict[str, Tensor]] = {}
