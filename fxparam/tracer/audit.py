@@ -216,7 +216,7 @@ class Audit:
             raise Hazard(f"{what}, a {type(value).__name__} that outlives the call ({at})")
 
     def _look_at_function(self, function: types.FunctionType, at: str) -> None:
-        if function in self.functions or function.__module__.startswith("torch"):
+        if function in self.functions or (function.__module__ or "").startswith("torch"):
             return
         self.functions.append(function)
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):

@@ -142,7 +142,7 @@ class Watch:
             self._hold(container, key, depth if deep else 0)
 
     def _hold_function(self, function: types.FunctionType, depth: int) -> None:
-        if function.__module__.startswith("torch") or depth < 0:
+        if (function.__module__ or "").startswith("torch") or depth < 0:
             return
         for number, cell in enumerate(function.__closure__ or ()):
             if _is_filled(cell):
