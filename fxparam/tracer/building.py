@@ -141,8 +141,7 @@ def _step(step: Declaration, wanted: Start, init: Any, joint: bool) -> tuple[nn.
     except ImageError as error:
         start = getattr(module, "start", None)
         value = invert(module, wanted.value, project=True) if start is None else start(wanted.value)
-        reason = str(error).split("; type ")[0]
-        return module, Start(value, (*wanted.notes, f"not in the image ({reason}): starts nearby"))
+        return module, Start(value, (*wanted.notes, f"not in the image of {_name(module)}{_by_how_far(error)}: starts nearby"))
     except Exception as error:
         # Maps written for other libraries raise errors of their own; GeoTorch's classes offer a sampled start instead.
         sample = getattr(module, "sample", None)
@@ -235,6 +234,11 @@ def _distance(new: Tensor, old: Tensor) -> float:
     scale = float(torch.linalg.vector_norm(old.to(torch.promote_types(old.dtype, torch.float32))))
     change = float(torch.linalg.vector_norm((new - old).to(torch.promote_types(old.dtype, torch.float32))))
     return change / scale if scale else change
+
+
+def _by_how_far(error: ImageError) -> str:
+    _, found, far = str(error).partition("is missed by ")
+    return f" by {far.split(',')[0]}" if found else ""
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -277,14 +277,15 @@ class World:
         return [weight.detach().clone()]
 
     def read_weights(self, keep: bool) -> list[Tensor | None]:
-        """All weights; gradients to them and through them."""
+        """All weights; the gradient of a loss of each to it, and later through it."""
         weights = self.read_all(self.model)
         names = sorted(weights)
         losses = self.losses([weights[name].sin() for name in names])
-        wanted = [weights[name] for name in names if weights[name].requires_grad]
-        found: Sequence[Tensor] = ()
-        if wanted:
-            found = torch.autograd.grad(losses[-1], wanted, retain_graph=True)
+        found = [
+            torch.autograd.grad(loss, weights[name], retain_graph=True)[0]
+            for name, loss in zip(names, losses[:-1], strict=True)
+            if weights[name].requires_grad
+        ]
         if keep:
             self.pending = [*self.pending[-4:], losses]
         return [*(weights[name].detach().clone() for name in names), *found]
