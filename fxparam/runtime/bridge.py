@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from fxparam.tracer.hazards import nodes_behind
+
 _AGAIN = (
     "Trying to backward through the graph a second time (or directly access saved tensors after they have already been "
     "freed). Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). Specify "
@@ -159,20 +161,11 @@ class Lease(torch.autograd.Function):
 
 
 def _saves(values: Sequence[Tensor]) -> bool:
-    """Whether any node behind these values saved a tensor for its backward."""
-    todo: list[Any] = [value.grad_fn for value in values]
-    seen: set[Any] = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        # Nodes of Python functions and of operators nobody knows are taken to save something.
-        saved = [name for name in dir(node) if name.startswith("_raw_saved_")]
-        if saved or isinstance(node, torch.autograd.function.BackwardCFunction):
-            return True
-        todo += [following for following, _ in node.next_functions]
-    return False
+    """Whether any node behind these values saved a tensor for its backward; nodes of Python functions are taken to."""
+    return any(
+        isinstance(node, torch.autograd.function.BackwardCFunction) or any(name.startswith("_raw_saved_") for name in dir(node))
+        for node in nodes_behind(values)
+    )
 
 
 def private_aliases(sources: Sequence[Tensor], *, graph: bool) -> tuple[list[Tensor], list[GradientEdge | None]]:

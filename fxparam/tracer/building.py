@@ -151,7 +151,7 @@ def _step(step: Declaration, wanted: Start, init: Any, joint: bool) -> tuple[nn.
                 "fxp.custom(..., init=...)"
             ) from error
         value = invert(module, sample(), project=False)
-        return module, Start(value, (*wanted.notes, f"sampled: {type(error).__name__}: {error}"))
+        return module, Start(value, (*wanted.notes, f"sampled: right_inverse raised {type(error).__name__}"))
 
 
 def _map(step: Declaration, value: Value, latents: Any, joint: bool) -> tuple[nn.Module, bool]:

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxparam.program.effects import effect_of
 from fxparam.program.program import Fragment
 from fxparam.spec.names import join
-from fxparam.tracer.hazards import Hazard, no_autograd_functions
+from fxparam.tracer.hazards import Hazard, no_autograd_functions, nodes_behind
 from fxparam.tracer.looking import looking
 from fxparam.tracer.site import SiteModule
 
@@ -152,17 +152,8 @@ def _probe(site: SiteModule, local: Mapping[str, Tensor], run: Any, tensors: Seq
 
 def _own_backward(weights: Sequence[Tensor]) -> str:
     """The name of a Python autograd Function behind these tensors, however it was called (``apply`` may have been kept)."""
-    todo: list[Any] = [weight.grad_fn for weight in weights]
-    seen: set[Any] = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return type(node).__name__.removesuffix("Backward")
-        todo += [following for following, _ in node.next_functions]
-    return ""
+    own = (node for node in nodes_behind(weights) if isinstance(node, torch.autograd.function.BackwardCFunction))
+    return next((type(node).__name__.removesuffix("Backward") for node in own), "")
 
 
 def _gradients(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
