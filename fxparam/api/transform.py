@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,19 +103,45 @@ class _Builder:
 
     def build(self) -> tuple[Site, ...]:
         """Build and install every site; returns them, each after those it reads."""
-        tasks = resolve(self.spec, self.rows)
-        extended = {row.name for task in tasks for row in task.rows}
+        modules = {key: adopted_site(one) for key, one in self.adopted.items()}
+        latents = [row for key, module in modules.items() for row in self._latent_rows(key, module)]
+        tasks = resolve(self.spec, (*self.rows, *latents))
+        inner = [task for task in tasks if any(row.is_latent for row in task.rows)]
+        self.row_of |= {row.name: row for row in latents}
+        extended = {row.name for task in tasks for row in task.rows if not row.is_latent}
         for (owner, local), one in self.adopted.items():
             name = join(self.paths[owner], local)
             row = self.row_of[name]
             self.legacy |= {join(self.paths[owner], old): join(self.paths[owner], new) for old, new in one.legacy_names.items()}
+            module = modules[owner, local]
+            own = [task for task in inner if any(place[0] is module for row in task.rows for place in row.places)]
             if row.name not in extended:
-                self._add((row,), adopted_site(one), "adopted", one.origin, "as it was", ())
+                self._place(*split(row.name), module)
+                reads = tuple(self._build_latent(task, module) for task in own)
+                self._add((row,), module, "adopted", one.origin, "as it was", reads)
+            elif own:
+                raise SpecError(f"{row.name} is extended by one rule, and its latent replaced by another; give one of them")
         for number, task in enumerate(tasks):
-            self._build(task, number)
-        for module, binding in self.bindings.values():
-            install(module, binding)
+            if task not in inner:
+                self._build(task, number)
+        for holder, binding in self.bindings.values():
+            install(holder, binding)
         return tuple(self.sites)
+
+    def _latent_rows(self, key: tuple[int, str], module: SiteModule) -> Iterator[NamedTensor]:
+        """The latents of what was adopted, as tensors that a rule may name by spelling out ``parametrizations``."""
+        home = home_of(self.paths[key[0]], key[1])
+        for local, tensor in zip(module.latent_names, module.latents, strict=True):
+            name = join(home, local)
+            yield NamedTensor(name, (name,), ((module, local),), tensor, not isinstance(tensor, nn.Parameter))
+
+    def _build_latent(self, task: Task, module: SiteModule) -> str:
+        """The site of a latent; returns its name, which the site it belongs to reads."""
+        if task.joint or task.reads:
+            raise SpecError(f"rule {task.rule}: a latent can only be computed by itself, without joint(...) and ref(...)")
+        self._build(task, 0)
+        module.computed_latents += (split(task.rows[0].name)[1],)
+        return task.rows[0].name
 
     def _build(self, task: Task, number: int) -> None:
         reads = tuple(self._canonical(target) for target in task.reads)
@@ -146,21 +172,15 @@ class _Builder:
         for row, value in zip(rows, values, strict=True):
             self.values |= dict.fromkeys(row.aliases, value)
             for owner, name in row.places:
-                self._bind(owner, name, row, home if joint is None and not reads else None, rows[0])
-        owner = self.root.get_submodule(path)
-        holder = owner._modules.setdefault(PARAMETRIZATIONS, Sites())
-        if not isinstance(holder, Sites):
-            raise SpecError(
-                f"{path or 'the model'} has a child named {PARAMETRIZATIONS!r}, where its computed weights would live; "
-                "rename it"
-            )
-        holder.add_module(local, module)
+                alone = joint is None and len(reads) == len(module.computed_latents)
+                self._bind(owner, name, row, home if alone else None)
+        self._place(path, local, module)
         self.sites.append(
             Site(
                 names=tuple(row.name for row in rows),
                 aliases=tuple(row.aliases for row in rows),
                 home=home,
-                latents=tuple(join(home, name) for name in module.latent_names),
+                latents=tuple(join(home, name) for name in module.latent_names if name not in module.computed_latents),
                 reads=reads,
                 declaration=declared,
                 origin=origin,
@@ -168,7 +188,17 @@ class _Builder:
             )
         )
 
-    def _bind(self, owner: nn.Module, local: str, row: NamedTensor, home: str | None, first: NamedTensor) -> None:
+    def _place(self, path: str, local: str, module: SiteModule) -> None:
+        """Put a site below the owner of its weight."""
+        holder = self.root.get_submodule(path)._modules.setdefault(PARAMETRIZATIONS, Sites())
+        if not isinstance(holder, Sites):
+            raise SpecError(
+                f"{path or 'the model'} has a child named {PARAMETRIZATIONS!r}, where its computed weights would live; "
+                "rename it"
+            )
+        holder.add_module(local, module)
+
+    def _bind(self, owner: nn.Module, local: str, row: NamedTensor, home: str | None) -> None:
         if id(owner) not in self.bindings:
             order = {"parameters": self._order(owner), "buffers": tuple(owner._buffers)}
             self.bindings[id(owner)] = (owner, Binding({}, {}, order))

@@ -11,15 +11,17 @@ that the reducer sees one complete gradient.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._composable_state import _module_state_mapping
 from torch.nn.parallel import DistributedDataParallel
 
 from fxparam.errors import DeferralError
-from fxparam.runtime.bridge import Published
+from fxparam.runtime.bridge import _AGAIN, Published
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -32,15 +34,24 @@ class Block:
         self.synchronizes = False
         self.anchor = torch.zeros((), requires_grad=True)
         self._sums: dict[Published, dict[int, Tensor]] = {}
+        self._parallel: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     def lease(self, published: Published, numbers: Sequence[int]) -> dict[int, Tensor]:
-        """The values of some components, by position, for one forward: cut off, or carrying the sums where DDP synchronizes."""
+        """The values of some components, by position, for one forward: cut off, or carrying the sums where DDP synchronizes.
+
+        Raises:
+            DeferralError: the latents are sharded (FSDP2).
+        """
+        refuse_sharded(published.sources)
         at = [position for number in numbers for position in published.components[number].values]
         with torch.inference_mode(False):
             # Made now, also where they are used at the end only: a latent frozen until then is no error in PyTorch.
             outputs = [output for number in numbers for output in published.outputs(number)]
-            if not _synchronizing():
+            parallel = DistributedDataParallel._active_ddp_module
+            if parallel is not None:
+                self._parallel.add(parallel)
+            if parallel is None or not parallel.require_backward_grad_sync:
                 return dict(zip(at, _Deferred.apply(self, published, at, self.anchor), strict=True))
             self.synchronizes = True
             return dict(zip(at, _Carrying.apply(self, published, at, *outputs), strict=True))
@@ -81,17 +92,24 @@ class Block:
             self._sums.clear()
 
     def flush(self) -> None:
-        """Send the sums through the prologue into the gradients of the latents."""
+        """Send the sums through the prologue into the gradients of the latents.
+
+        Raises:
+            DeferralError: DistributedDataParallel has synchronized without them.
+        """
         with self._lock:
             sums, self._sums = self._sums, {}
+        # The second sign: the last forward synchronizes, and read none of our weights.
+        synchronized = self.synchronizes or any(parallel.require_forward_param_sync for parallel in self._parallel)
         for published, found in sums.items():
             if not found:
                 continue
-            if self.synchronizes:
+            if synchronized:
                 raise DeferralError(
-                    "the backward that DistributedDataParallel synchronizes did not reach every weight that an earlier "
-                    "micro-batch did, so its gradient would be added on this rank only; let the last loss of the block use "
-                    "the same weights, or leave out defer_backward()"
+                    "gradients of earlier micro-batches are left over after the backward that DistributedDataParallel "
+                    "synchronizes and would be added on this rank only; the last loss of the block must depend on a computed "
+                    "weight, and its backward must come after all others and inside the block; else leave out "
+                    "defer_backward()"
                 )
             outputs, gradients = [], []
             with torch.enable_grad():
@@ -111,16 +129,22 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: Block, published: Published, at: list[int], anchor: Tensor) -> tuple[Tensor, ...]:
         ctx.block, ctx.published, ctx.at = block, published, at
+        ctx.frees = any(published.graph.frees(part, published.held) for part in published.components)
         return _aliases(ctx, published, at)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled() and any(gradient is not None and gradient.requires_grad for gradient in gradients):
+        if ctx.published is None:
+            raise RuntimeError(_AGAIN)
+        if torch.is_grad_enabled():
             raise DeferralError(
                 "backward(create_graph=True) inside defer_backward() would have to differentiate the deferred part; take "
                 "this loss out of the block"
             )
         ctx.block.add(ctx.published, ctx.at, gradients)
+        if ctx.frees and not torch._C._autograd._get_current_graph_task_keep_graph():
+            # A loss that is kept keeps this node, and must not keep the weights.
+            ctx.published = None
         return None, None, None, None
 
 
@@ -149,20 +173,22 @@ def _aliases(ctx: Any, published: Published, at: Sequence[int]) -> tuple[Tensor,
     return aliases
 
 
-def _synchronizing() -> bool:
-    """Whether this forward runs inside a DistributedDataParallel that will synchronize in its backward."""
-    active = DistributedDataParallel._active_ddp_module
-    return active is not None and active.require_backward_grad_sync
-
-
 def refuse_sharded(latents: Iterable[Tensor]) -> None:
     """Deferral needs the latents after backward; FSDP2 has freed them by then.
 
     Raises:
-        DeferralError: a latent is sharded.
+        DeferralError: a latent is sharded, or gathered from shards for a while.
     """
-    if any(type(latent).__name__ == "DTensor" or type(latent.data).__name__ == "DTensor" for latent in latents):
+    gathered = _gathered()
+    if any(id(latent) in gathered or "DTensor" in (type(latent).__name__, type(latent.data).__name__) for latent in latents):
         raise DeferralError(
             "defer_backward() with fully_shard (FSDP2): the latents are sharded and freed after each backward; leave "
             "defer_backward() out, the weights are still computed once per forward"
         )
+
+
+def _gathered() -> set[int]:
+    """The ids of the parameters that FSDP2 puts in the place of shards. They look like any other."""
+    states = [state() for state in _module_state_mapping.values()]
+    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
+    return {id(getattr(parameter, "_unsharded_param", None)) for group in groups for parameter in group.fsdp_params}

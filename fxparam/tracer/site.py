@@ -7,7 +7,7 @@ checkpoints go both ways.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class SiteModule(nn.ModuleList):
         self.n_weights = n_weights
         named = _named_latents(latents)
         self.latent_names = tuple(named)
+        self.computed_latents: tuple[str, ...] = ()
         for name, tensor in named.items():
             if is_buffer:
                 self.register_buffer(name, tensor)
@@ -61,6 +62,13 @@ class SiteModule(nn.ModuleList):
                 self.register_parameter(
                     name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, tensor.requires_grad)
                 )
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The maps; a child besides them computes a latent."""
+        return (module for name, module in self._modules.items() if name.isdigit() and module is not None)
+
+    def __len__(self) -> int:
+        return sum(name.isdigit() for name in self._modules)
 
     @property
     def latents(self) -> tuple[Tensor, ...]:
@@ -71,9 +79,12 @@ class SiteModule(nn.ModuleList):
         """The weight (several as a tuple), computed now.
 
         Args:
-            *reads: the values of the other weights it reads; none for a site with latents of its own.
+            *reads: the values of the latents that sites of their own compute (without them they are computed here), then of
+                the other weights it reads.
         """
-        values: Tensor | tuple[Tensor, ...] = (*self.latents, *reads)
+        given = dict(zip(self.computed_latents, reads, strict=False))
+        latents = (given[name] if name in given else getattr(self, name) for name in self.latent_names)
+        values: Tensor | tuple[Tensor, ...] = (*latents, *reads[len(given) :])
         steps = list(self)
         if not steps:
             return values[0] if self.n_weights == 1 else values
@@ -107,8 +118,11 @@ class SiteModule(nn.ModuleList):
             raise SpecError(
                 f"got latents of shapes {[tuple(t.shape) for t in values]}, expected {[tuple(t.shape) for t in latents]}"
             )
-        for latent, value in zip(latents, values, strict=True):
-            latent.copy_(value)
+        for name, latent, value in zip(self.latent_names, latents, values, strict=True):
+            if name in self.computed_latents:
+                setattr(self, name, value)
+            else:
+                latent.copy_(value)
 
 
 def invert(step: Any, weight: Tensor | tuple[Tensor, ...], *, project: bool) -> Tensor | tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -66,19 +67,30 @@ class Net(nn.Module):
         return self.norm(hidden), self.enc(x), self.dec(x[:, :3]), self.left(x), self.right(hidden)
 
 
+class Mix(nn.Module):
+    """Weights of a mixture, by mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.randn(3))
+
+    def forward(self) -> Tensor:
+        return torch.softmax(self.logits if self.training else self.logits / 2, 0)
+
+
 class Handwritten(nn.Module):
     """Weight arithmetic in the forward, some of it by mode; one weight is computed from two parameters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(N, N), nn.Linear(N, 3)
-        self.gain, self.mix = nn.Parameter(torch.rand(N, 1) + 0.5), nn.Parameter(torch.randn(3))
+        self.gain, self.mix = nn.Parameter(torch.rand(N, 1) + 0.5), Mix()
         self.register_buffer("mask", (torch.rand(N, N) < 0.7).to(torch.get_default_dtype()))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         weight = (self.first.weight - self.first.weight.mean(1, keepdim=True)) * self.mask
         weight = self.gain * F.normalize(weight + 0.1, dim=1)
-        mix = torch.softmax(self.mix if self.training else self.mix / 2, 0)
+        mix = self.mix()
         hidden = torch.tanh(F.linear(x, weight, self.first.bias))
         return self.second(hidden), (mix[:, None] * self.second.weight).exp().sum(0) * x, F.linear(x, weight.abs())
 
@@ -352,8 +364,9 @@ class World:
     def load(self, seed: int, assign: bool, buffers: bool) -> None:
         state = self.model.state_dict()
         fixed = set() if buffers else {name for name, _ in self.model.named_buffers()}
-        for number, name in enumerate(sorted(state, key=lambda own: own.replace("/", "."))):
-            state[name] = state[name] + (name not in fixed) * 0.1 * noise(seed + number, *state[name].shape)
+        for name in state.keys() - fixed:
+            # By its name: the oracle's state has more in it.
+            state[name] = state[name] + 0.1 * noise(seed + zlib.crc32(name.replace("/", ".").encode()), *state[name].shape)
         self.model.load_state_dict(state, assign=assign)
         if assign:
             self.optimizers, self.handles = {}, []
@@ -413,6 +426,9 @@ class World:
 
     def train(self, mode: bool) -> None:
         self.model.train(mode)
+
+    def train_part(self, name: str, mode: bool) -> None:
+        self.model.get_submodule(name).train(mode)
 
     def require(self, at: int, flag: bool) -> None:
         self.parameter(at)[1].requires_grad_(flag)
@@ -527,13 +543,14 @@ class Kind:
         build: both worlds, from a seed.
         weights: the computed weights.
         assignable: a value for each weight that can be written through its right inverse.
-        latents: whether the weights have latents of their own names (``retract`` and ``invalidate`` make sense).
+        parts: submodules that both have.
         stateful: maps advance once per evaluation; the oracle is told when.
     """
 
     build: Callable[[int], tuple[World, World]]
     weights: tuple[str, ...] = ()
     assignable: Mapping[str, Callable[[int], Tensor]] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
     stateful: bool = False
 
 
@@ -757,6 +774,11 @@ class Script(RuleBasedStateMachine):
     def train(self, mode: bool) -> None:
         self.do("train", mode)
 
+    @precondition(lambda self: self.kind.parts)
+    @rule(at=places, mode=flags)
+    def train_part(self, at: int, mode: bool) -> None:
+        self.do("train_part", self.kind.parts[at % len(self.kind.parts)], mode)
+
     @rule(at=places, flag=flags)
     def require(self, at: int, flag: bool) -> None:
         self.do("require", at, flag)
@@ -823,7 +845,7 @@ def handwritten_kind(trace: str) -> Kind:
         net = Handwritten().double()
         return World(fxp.transform(copy.deepcopy(net), trace=trace)), World(net)
 
-    return Kind(build)
+    return Kind(build, parts=("mix", "first"))
 
 
 def spectral_kind(trace: str) -> Kind:
