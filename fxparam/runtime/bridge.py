@@ -32,7 +32,8 @@ _AGAIN = (
 )
 
 
-@dataclass(frozen=True)
+# By identity: a lease looks itself up by its component, and there are thousands of leases.
+@dataclass(frozen=True, eq=False)
 class Component:
     """A connected part of the prologue: no other part shares a source or a value with it.
 
@@ -77,9 +78,10 @@ class PrivateGraph:
 
     def frees(self, component: Component, values: Values) -> bool:
         """Whether a backward would free anything: PyTorch lets a graph that saved nothing run again."""
-        if component not in self._saves:
-            self._saves[component] = _saves([values.tensors[at] for at in component.values])
-        return self._saves[component]
+        saves = self._saves.get(component)
+        if saves is None:
+            saves = self._saves[component] = _saves([values.tensors[at] for at in component.values])
+        return saves
 
     def hand(self, component: Component, values: Values) -> None:
         """A backward pass went through a forward's lease and keeps no graph: the values are needed once more, in this pass."""
@@ -145,8 +147,9 @@ class Lease(torch.autograd.Function):
         ctx.graph, ctx.held, ctx.component = graph, held, component
         ctx.frees = graph.frees(component, held)
         ctx.set_materialize_grads(False)
-        aliases = tuple(value.detach() for value in values)
-        ctx.mark_non_differentiable(*(alias for alias, value in zip(aliases, values, strict=True) if not value.requires_grad))
+        aliases = tuple([value.detach() for value in values])
+        if fixed := [alias for alias, value in zip(aliases, values, strict=True) if not value.requires_grad]:
+            ctx.mark_non_differentiable(*fixed)
         return aliases
 
     @staticmethod
@@ -196,6 +199,7 @@ class Published:
         self.graph, self.held, self.components, self.sources = graph, held, components, sources
         self.values: Sequence[Tensor] = held.tensors
         self._outputs: list[tuple[Tensor, ...] | None] = [None] * len(components)
+        self._trainable = [any(self.values[at].requires_grad for at in component.values) for component in components]
 
     def lease(self, number: int) -> dict[int, Tensor]:
         """Fresh aliases of the values of one component, by position: with gradient if grad mode is on, else without."""
@@ -206,7 +210,7 @@ class Published:
 
     def trains(self, number: int) -> bool:
         """Whether a forward under the present grad mode needs gradients for this component."""
-        return torch.is_grad_enabled() and any(self.values[at].requires_grad for at in self.components[number].values)
+        return self._trainable[number] and torch.is_grad_enabled()
 
     def outputs(self, number: int) -> tuple[Tensor, ...]:
         """The values of one component behind their ``Refresh`` node, in the order of its values."""

@@ -1,0 +1,69 @@
+"""What finding the weights current costs: the check before each forward, for stacks of weight-normed layers, and its share of
+the forward of a small transformer.
+
+    python benchmarks/cache_hit.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from harness import race, table
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import fxparam as fxp
+
+
+class Reads(nn.Module):
+    """Reads the weight of each of its layers (or of none) and computes nothing with it."""
+
+    def __init__(self, layers: int, read: int | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(layers))
+        self.read = layers if read is None else read
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[: self.read]:
+            _ = layer.weight
+        return x
+
+
+def stacks() -> None:
+    x = torch.zeros(1)
+    spec = {"*.weight": fxp.weight_norm()}
+    for layers in (10, 100, 1000):
+        computed = Reads(layers)
+        for layer in computed.layers:
+            weight_norm(layer)
+        contestants: dict[str, Callable[[], object]] = {
+            "plain attributes": partial(Reads(layers), x),
+            "fxparam, the check alone": partial(fxp.transform(Reads(layers, 0), spec, trace="live"), x),
+            "fxparam, check and reads": partial(fxp.transform(Reads(layers), spec, trace="live"), x),
+            "parametrize": partial(computed, x),
+        }
+        with torch.no_grad():
+            print(table(f"A forward that reads {layers} weights", race(contestants, rounds=50), "plain attributes"), "\n")
+
+
+def transformer() -> None:
+    layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True, dropout=0.0)
+    plain = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    model = fxp.transform(plain, {fxp.where(nn.Linear): fxp.weight_norm()})
+    x = torch.randn(8, 64, 128)
+    contestants: dict[str, Callable[[], object]] = {"plain": partial(plain, x), "fxparam": partial(model, x)}
+    timings = race(contestants, rounds=50)
+    print(table("Forward of a transformer (4 layers of 128, 12 weight-normed matrices, 8 x 64 tokens)", timings, "plain"))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    stacks()
+    transformer()
+
+
+if __name__ == "__main__":
+    main()
