@@ -1,7 +1,7 @@
 """``torch.export`` program -> checked ONNX file, initializers under the dotted names of the parameters.
 
 Steps: convert with PyTorch's exporter, clean the graph, store tied weights once, check with ``onnx.checker``, compare
-with the model in ONNX Runtime, and only then rename the file onto its target (:mod:`fxparam.exporters.files`).
+with the model in ONNX Runtime, and only then rename the file onto its target (``fxparam.exporters.files``).
 
 The exporter runs with ``optimize=False``: its optimizer renames transposed weights, merges equal initializers under one
 name and folds a batch norm into a weight of the same name, and then no tool finds a parameter again. What the cleaning

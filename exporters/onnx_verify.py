@@ -9,7 +9,7 @@ note.
 
 **Tolerance.** An output passes where ``|onnx - model| <= rtol |model| + rtol/8 * max|model|``. The relative term is the
 usual one; the other covers cancellation, whose error scales with the largest terms. ``rtol`` follows from the coarsest
-floating dtype in the program (see :data:`RTOL`), as a bfloat16 layer before a float32 output rounds to bfloat16.
+floating dtype in the program (see ``RTOL``), as a bfloat16 layer before a float32 output rounds to bfloat16.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """New weights into an ONNX file that exists, by name: no tracing, no exporter, the same graph.
 
-The file may come from anyone and may be of any size, so it is read as :func:`fxparam.exporters.files.read_model` reads,
+The file may come from anyone and may be of any size, so it is read as ``fxparam.exporters.files.read_model`` reads,
 everything is checked before anything is written, and the result replaces the file whole or not at all.
 """
 

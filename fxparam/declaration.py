@@ -1,6 +1,6 @@
 """What a rule says about a weight: the base classes of everything that can stand on the right of a spec.
 
-A *declaration* is an immutable description; :meth:`Entry.build` turns a catalogue entry into an ``nn.Module`` for one
+A *declaration* is an immutable description; ``Entry.build`` turns a catalogue entry into an ``nn.Module`` for one
 concrete weight. That module follows the protocol of ``torch.nn.utils.parametrize``: ``forward(*latents) -> weight`` and, if
 there is one, ``right_inverse(weight) -> latents``.
 """
@@ -24,7 +24,7 @@ class Parametrization(nn.Module, ABC):
     """A differentiable map from latents to one weight, as the catalogue writes them.
 
     Any ``nn.Module`` with ``forward`` and, optionally, ``right_inverse`` works in a spec; this class adds what the catalogue
-    promises on top: :meth:`contains`, :meth:`project` and :meth:`sample`.
+    promises on top: ``contains``, ``project`` and ``sample``.
     """
 
     @abstractmethod
@@ -144,7 +144,7 @@ class Custom(Declaration):
 
 
 def declaration(value: object) -> Declaration:
-    """``value`` as a declaration: declarations are returned as they are, modules and callables become :class:`Custom`.
+    """``value`` as a declaration: declarations are returned as they are, modules and callables become ``Custom``.
 
     Raises:
         SpecError: ``value`` is none of the forms a spec accepts.

@@ -78,7 +78,7 @@ _DATE = {".svg": "Date", ".pdf": "CreationDate"}
 
 
 def layered(graph: Drawable) -> nx.DiGraph:
-    """The graph with a ``label``, a ``kind`` (of :data:`COLOURS`), a ``layer`` and a place ``x`` in it for each node."""
+    """The graph with a ``label``, a ``kind`` (of ``COLOURS``), a ``layer`` and a place ``x`` in it for each node."""
     import networkx as nx
 
     nodes = _shown(graph)

@@ -1,6 +1,6 @@
 """Every error fxparam raises.
 
-All derive from :class:`FxparamError`, so that one ``except`` catches them, and each also derives from the built-in error a
+All derive from ``FxparamError``, so that one ``except`` catches them, and each also derives from the built-in error a
 PyTorch user would have expected in its place (``ValueError`` for a bad argument, ``RuntimeError`` for a bad state).
 A message says what was found, what was expected, and what to type.
 """

@@ -44,7 +44,7 @@ def assert_same_graph(a: Model, b: Model, *, values: bool = False) -> None:
     """Fail unless the graphs of two models are isomorphic.
 
     Args:
-        a: anything that :func:`fxparam.graphdiff.diff` takes; what is there.
+        a: anything that ``fxparam.graphdiff.diff`` takes; what is there.
         b: the same; what is expected.
         values: whether tensors have to be equal bit for bit as well.
 
@@ -88,7 +88,7 @@ def assert_same_numbers(
         f: a function or module: what is tested.
         g: a function or module: the oracle.
         inputs: positional arguments; tensors may be nested in tuples, lists and dicts.
-        rtol: default :func:`tolerance` of the dtype of the expected tensor.
+        rtol: default ``tolerance`` of the dtype of the expected tensor.
         atol: default 0.
         gradients: whether gradients are compared.
 
@@ -182,7 +182,7 @@ class GraphSnapshot:
         """Fail unless the graph of ``model`` is the one that was kept.
 
         Args:
-            model: anything that :func:`fxparam.graphdiff.diff` takes.
+            model: anything that ``fxparam.graphdiff.diff`` takes.
             name: tells several snapshots of one test apart.
             values: whether the values of tensors are kept as well.
 
@@ -226,6 +226,6 @@ else:
 
     @_pytest.fixture
     def graph_snapshot(request: pytest.FixtureRequest) -> GraphSnapshot:
-        """Keeps graphs of a test in ``__graphs__``: call it with a model (see :class:`GraphSnapshot`)."""
+        """Keeps graphs of a test in ``__graphs__``: call it with a model (see ``GraphSnapshot``)."""
         folder = request.path.parent / "__graphs__" / request.path.stem
         return GraphSnapshot(folder, request.node.name, request.config.getoption("--update-graphs"))

@@ -1,1 +1,1 @@
-"""Transformations of programs, one file each. The pipeline is the tuple in :mod:`fxparam.pipeline`."""
+"""Transformations of programs, one file each. The pipeline is the tuple in ``fxparam.pipeline``."""

@@ -5,7 +5,7 @@
              body(x):         y = linear(x, get_attr('w')) + get_attr('hoisted.normalize')
 
 Every node counts, not only those a spec brought. What stays in the body although it depends on parameters only, and why:
-see :mod:`fxparam.program.binding`; besides, values that are no tensors, views at the line (they cost nothing per call, and an
+see ``fxparam.program.binding``; besides, values that are no tensors, views at the line (they cost nothing per call, and an
 ``expand`` hoisted would turn its gradient into a large one), and values far larger than what they are computed from.
 """
 

@@ -95,7 +95,7 @@ def refit_onnx(
     """Write the model's present weights into the initializers of an exported file, without exporting again.
 
     Args:
-        path: a file that :func:`export_onnx` wrote.
+        path: a file that ``export_onnx`` wrote.
         model: the model it was written from, with other weights.
         args: inputs of the model; only needed if the file holds folded weight arithmetic of the model's own.
         kwargs: keyword inputs.

@@ -61,7 +61,7 @@ def fold_plain(
     compute_dtype: torch.dtype | None = None,
     arithmetic: bool = True,
 ) -> fx.GraphModule:
-    """Fold a model without computed weights; see :func:`fold`."""
+    """Fold a model without computed weights; see ``fold``."""
     try:
         traced = trace_body(plain, {})
     except TraceError as error:

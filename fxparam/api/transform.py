@@ -1,4 +1,4 @@
-"""``transform``: from a model and a spec to a :class:`~fxparam.runtime.module.ParametrizedModule`."""
+"""``transform``: from a model and a spec to a ``ParametrizedModule``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def transform(
 
     Args:
         model: any module. It is not changed; parameters that no rule touches, and buffers, are shared with it.
-        spec: what to compute, and how: a :class:`Spec` or a mapping that becomes one. Without it only what the model already
+        spec: what to compute, and how: a ``Spec`` or a mapping that becomes one. Without it only what the model already
             computes is taken over, and its weight arithmetic hoisted.
         example_inputs: inputs of the model, for the exporters and ``fold``.
         adopt: also take over ``torch.nn.utils.parametrize``, the legacy ``weight_norm`` and ``spectral_norm``, and pruning.

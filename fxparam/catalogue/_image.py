@@ -108,7 +108,7 @@ def check_choice(name: str, option: str, value: Any, choices: tuple[str, ...]) -
 class Constrained(Parametrization):
     """A parametrization that knows how far a weight is from its image, and refuses what is too far.
 
-    Subclasses give :meth:`distance`, :meth:`tolerance` and :meth:`invert`.
+    Subclasses give ``distance``, ``tolerance`` and ``invert``.
     """
 
     constraint: str

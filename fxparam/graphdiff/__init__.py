@@ -1,4 +1,4 @@
-"""Structural differences of graphs: ``diff(a, b)``, the :class:`GraphDiff` it returns, and ``apply``."""
+"""Structural differences of graphs: ``diff(a, b)``, the ``GraphDiff`` it returns, and ``apply``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The neutral graph that every input of :func:`fxparam.graphdiff.diff` is read into.
+"""The neutral graph that every input of ``fxparam.graphdiff.diff`` is read into.
 
-A graph is a list of nodes in an order of execution. What counts about a node is its :attr:`Node.label` (kind,
+A graph is a list of nodes in an order of execution. What counts about a node is its ``Node.label`` (kind,
 operator, dotted name, constants, types) and its edges, which are ordered and say which output of the producer they
 read. The node's own name is kept for display only.
 
@@ -55,7 +55,7 @@ class Node:
         inputs: the values that fill the ``%`` of the template, in order.
         after: writes to memory that this node reads and that precede it without being its inputs.
         effect: whether its order among other such nodes counts (in-place, random).
-        payload: what :func:`fxparam.graphdiff.apply` needs to build the node again.
+        payload: what ``fxparam.graphdiff.apply`` needs to build the node again.
     """
 
     name: str
@@ -188,7 +188,7 @@ class Graph:
 
     @cached_property
     def digest(self) -> str:
-        """A short hash of :attr:`text`."""
+        """A short hash of ``text``."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
@@ -208,7 +208,7 @@ def merkle(graph: Graph, numbers: dict[int, int]) -> list[str]:
 
 
 def parse(text: str) -> Graph:
-    """The graph whose :attr:`Graph.text` is ``text``.
+    """The graph whose ``Graph.text`` is ``text``.
 
     Raises:
         GraphDiffError: a line is not of that form.

@@ -24,7 +24,7 @@ def apply(diff: GraphDiff, a: Model, *, trace: Trace | None = None) -> fx.GraphM
     Args:
         diff: a difference between torch.fx graphs.
         a: a graph isomorphic to the first graph of ``diff`` (other names and other parameter values are fine).
-        trace: how to trace a plain module, as for :func:`diff`.
+        trace: how to trace a plain module, as for ``diff``.
 
     Raises:
         GraphDiffError: ``a`` is not isomorphic to that graph, or ``diff`` is not between torch.fx graphs.

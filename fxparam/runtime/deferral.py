@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed._composable_state import _module_state_mapping
 from torch.nn.parallel import DistributedDataParallel
 
-from fxparam.errors import DeferralError
+from fxparam.errors import DeferralError, FxparamError
 from fxparam.runtime.bridge import _AGAIN, Published
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -179,7 +179,7 @@ def refuse_sharded(latents: Iterable[Tensor]) -> None:
     Raises:
         DeferralError: a latent is sharded, or gathered from shards for a while.
     """
-    gathered = _gathered()
+    gathered = _fsdp("_unsharded_param")
     if any(id(latent) in gathered or "DTensor" in (type(latent).__name__, type(latent.data).__name__) for latent in latents):
         raise DeferralError(
             "defer_backward() with fully_shard (FSDP2): the latents are sharded and freed after each backward; leave "
@@ -187,8 +187,22 @@ def refuse_sharded(latents: Iterable[Tensor]) -> None:
         )
 
 
-def _gathered() -> set[int]:
-    """The ids of the parameters that FSDP2 puts in the place of shards. They look like any other."""
+def refuse_shards(sources: Iterable[Tensor]) -> None:
+    """A prologue reads whole tensors; those of FSDP2 are whole while the module runs that was given to ``fully_shard``.
+
+    Raises:
+        FxparamError: a source is a shard.
+    """
+    shards = _fsdp("sharded_param")
+    if shards and any(id(source) in shards for source in sources):
+        raise FxparamError(
+            "latents are shards when the weights are computed, at the beginning of a forward of the whole model; give "
+            "fully_shard the whole model, and of its submodules only those without computed weights"
+        )
+
+
+def _fsdp(kind: str) -> set[int]:
+    """The ids of FSDP2's parameters of one kind. Gathered ones look like any other parameter."""
     states = [state() for state in _module_state_mapping.values()]
     groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
-    return {id(getattr(parameter, "_unsharded_param", None)) for group in groups for parameter in group.fsdp_params}
+    return {id(getattr(parameter, kind, None)) for group in groups for parameter in group.fsdp_params}

@@ -37,7 +37,7 @@ _SHARED = (
 
 
 class ParametrizedModule(nn.Module):
-    """A model whose declared weights are computed once per optimizer step. Made by :func:`fxparam.transform`.
+    """A model whose declared weights are computed once per optimizer step. Made by ``fxparam.transform``.
 
     Calling it, moving it, saving it and reading attributes of the user's model through it work as on the model itself.
     """

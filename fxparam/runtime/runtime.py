@@ -1,6 +1,6 @@
 """The runtime of one live module tree: its plans, its cache, and the delivery of weights to their readers.
 
-What makes a cached entry current is in :mod:`fxparam.runtime.entry`; how gradients cross it in :mod:`fxparam.runtime.bridge`.
+What makes a cached entry current is in ``fxparam.runtime.entry``; how gradients cross it in ``fxparam.runtime.bridge``.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class Runtime:
         self._entries = {}
 
     def after_step(self, held: frozenset[int]) -> bool:
-        """An optimizer stepped; see :mod:`fxparam.runtime.steps`."""
+        """An optimizer stepped; see ``fxparam.runtime.steps``."""
         touched = any(not held.isdisjoint(map(id, entry.sources)) for entry in self._entries.values())
         if touched:
             self._steps += 1
@@ -273,7 +273,7 @@ class Runtime:
 
     @contextmanager
     def defer_backward(self) -> Iterator[None]:
-        """See :meth:`fxparam.ParametrizedModule.defer_backward`."""
+        """See ``fxparam.ParametrizedModule.defer_backward``."""
         refuse_sharded(tensor for module in self._modules for tensor in module.parameters())
         blocks: list[Block] = self._local.__dict__.setdefault("blocks", [])
         block = Block()

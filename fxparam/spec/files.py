@@ -32,7 +32,7 @@ VERSION = 1
 
 
 def to_dict(rules: Mapping[Selector, Declaration]) -> dict[str, Any]:
-    """Rules as plain values; see :meth:`fxparam.Spec.to_dict`."""
+    """Rules as plain values; see ``fxparam.Spec.to_dict``."""
     return {
         "version": VERSION,
         "rules": [
@@ -43,7 +43,7 @@ def to_dict(rules: Mapping[Selector, Declaration]) -> dict[str, Any]:
 
 
 def from_dict(data: Mapping[str, Any]) -> dict[Selector, Declaration]:
-    """Plain values as rules; see :meth:`fxparam.Spec.from_dict`."""
+    """Plain values as rules; see ``fxparam.Spec.from_dict``."""
     if not isinstance(data, Mapping) or set(data) != {"version", "rules"} or not isinstance(data["rules"], list):
         raise SpecError("not a spec: expected a mapping with the keys 'version' and 'rules' (a list)")
     if data["version"] != VERSION:

@@ -1,6 +1,6 @@
 """Which weights a rule is about.
 
-A selector looks at one :class:`~fxparam.spec.names.NamedTensor` and says yes or no. Parameters come first: a selector that
+A selector looks at one ``NamedTensor`` and says yes or no. Parameters come first: a selector that
 matches at least one parameter says nothing about buffers, so that ``"*"`` means the trainable part of a model and
 ``"*.running_mean"`` still reaches a buffer.
 """

@@ -16,7 +16,7 @@ class Spec(Mapping[Selector, Declaration]):
     """What to compute, and how.
 
     ``Spec({"rnn.weight_hh_l*": fxp.orthogonal()})``. Keys are selectors, values are declarations; see
-    :func:`fxparam.spec.selectors.selector` and :func:`fxparam.declaration.declaration` for the forms they take.
+    ``fxparam.spec.selectors.selector`` and ``fxparam.declaration.declaration`` for the forms they take.
 
     Raises:
         SpecError: a key or value is none of these forms, or ``ref``/``existing`` stands anywhere but first in a chain.
@@ -57,7 +57,7 @@ class Spec(Mapping[Selector, Declaration]):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Spec:
-        """The inverse of :meth:`to_dict`. Only catalogue entries can be named; nothing is imported.
+        """The inverse of ``to_dict``. Only catalogue entries can be named; nothing is imported.
 
         Raises:
             SpecError: the text is not a spec; the message names the rule and what was expected.
@@ -70,7 +70,7 @@ class Spec(Mapping[Selector, Declaration]):
 
     @classmethod
     def load(cls, path: str | Path) -> Spec:
-        """Read what :meth:`save` wrote."""
+        """Read what ``save`` wrote."""
         return cls.from_dict(files.read(Path(path)))
 
 

@@ -9,7 +9,7 @@ lost or baked in. So each function is looked at *before* it runs for the first t
 - reads what cannot be watched for changes: global state, iterators, random generators, arrays, objects with slots.
 
 What it does read and what can be watched (numbers, strings, containers of such, plain objects) is collected for a
-:class:`~fxparam.tracer.watch.Watch`. Refusing costs speed; accepting wrongly would cost a right result. Functions of PyTorch
+``Watch``. Refusing costs speed; accepting wrongly would cost a right result. Functions of PyTorch
 itself are trusted, apart from those that reach into autograd.
 """
 

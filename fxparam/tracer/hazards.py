@@ -24,7 +24,7 @@ class Hazard(TraceError):
 
 @contextmanager
 def no_autograd_functions() -> Iterator[None]:
-    """Raise :class:`Hazard` when a ``torch.autograd.Function`` is applied: a trace keeps its forward and loses its backward."""
+    """Raise ``Hazard`` when a ``torch.autograd.Function`` is applied: a trace keeps its forward and loses its backward."""
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Different from the stock tracer: modules with computed weights are looked into; a weight is one ``get_attr`` under its dotted
 name; operations on parameters, buffers and nothing at all (``torch.arange(5)``) become nodes instead of baked tensors; in-place
-operators stay in place; and whatever a graph cannot show raises :class:`~fxparam.tracer.hazards.Hazard`: an autograd Function,
+operators stay in place; and whatever a graph cannot show raises ``Hazard``: an autograd Function,
 a switch of grad mode or autocast, ``isinstance`` on a traced value, hooks, random numbers of Python, attributes written.
 """
 
