@@ -40,6 +40,11 @@ class Site:
     origin: str
     start: str
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the owner of its one weight can compute it without any other module."""
+        return len(self.names) == 1 and not self.reads
+
 
 @dataclass(frozen=True, eq=False)
 class Fragment:

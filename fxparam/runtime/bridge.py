@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fxparam.tracer.hazards import nodes_behind
 
-_AGAIN = (
+AGAIN = (
     "Trying to backward through the graph a second time (or directly access saved tensors after they have already been "
     "freed). Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). Specify "
     "retain_graph=True if you need to backward through the graph a second time or if you need to access saved tensors "
@@ -95,7 +95,7 @@ class PrivateGraph:
         """
         values = self._handed.pop((torch._C._current_graph_task_id(), component), None) or self._values()
         if values is None:
-            raise RuntimeError(_AGAIN)
+            raise RuntimeError(AGAIN)
         pairs = [
             (values.tensors[at], gradient)
             for at, gradient in zip(component.values, gradients, strict=True)
@@ -156,7 +156,7 @@ class Lease(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """The gradients as they are; refuses a second time, as a graph freed by its backward does."""
         if ctx.held is None:
-            raise RuntimeError(_AGAIN)
+            raise RuntimeError(AGAIN)
         if ctx.frees and not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.graph.hand(ctx.component, ctx.held)
             ctx.held = None

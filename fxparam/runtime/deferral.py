@@ -21,7 +21,7 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.nn.parallel import DistributedDataParallel
 
 from fxparam.errors import DeferralError, FxparamError
-from fxparam.runtime.bridge import _AGAIN, Published
+from fxparam.runtime.bridge import AGAIN, Published
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -135,7 +135,7 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         if ctx.published is None:
-            raise RuntimeError(_AGAIN)
+            raise RuntimeError(AGAIN)
         if torch.is_grad_enabled():
             raise DeferralError(
                 "backward(create_graph=True) inside defer_backward() would have to differentiate the deferred part; take "

@@ -187,7 +187,7 @@ class ParametrizedModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training" and "_fxp_live" in self.__dict__:
             self.__dict__["training"] = self._fxp_live.training = value
-        elif name.startswith("_fxp_") or name in self.__dict__ or "_fxp_live" not in self.__dict__:
+        elif name.startswith(("_fxp_", "__")) or name in self.__dict__ or "_fxp_live" not in self.__dict__:
             super().__setattr__(name, value)
         else:
             setattr(self._fxp_live, name, value)

@@ -22,7 +22,7 @@ from fxparam.errors import DeferralError, StaleWeightsError
 from fxparam.program import Site
 from fxparam.runtime import steps
 from fxparam.runtime.bridge import PrivateGraph, Published, Values, private_aliases
-from fxparam.runtime.deferral import Block, refuse_sharded
+from fxparam.runtime.deferral import Block, refuse_sharded, refuse_shards
 from fxparam.runtime.entry import Entry, Frame, InlineFrame, requires_grad_of, version_of
 from fxparam.runtime.plan import Plan, make_plan
 from fxparam.spec.names import first_names
@@ -85,6 +85,7 @@ class Runtime:
             binding = binding_of(module)
             if binding is not None:
                 binding.bind(self, self.inline)
+        self._random: frozenset[str] = frozenset()
         self._parameters: tuple[tuple[dict[str, Any], str], ...] = ()
         # Made now, while the tensors are the model's own: later a forward may run under a transform of PyTorch's.
         _ = self.plan
@@ -132,13 +133,16 @@ class Runtime:
 
     def read_all(self, plan: Plan) -> dict[str, Tensor]:
         """All weights and hoisted values of the current forward, by name."""
-        random = [name for site in self.sites if site.home in plan.volatile for name in site.names]
-        return {name: self.read_weight(name) for name in (*plan.values, *random)}
+        random = (site for site in self.sites if site.home in plan.volatile and not site.is_alone)
+        return {name: self.read_weight(name) for name in (*plan.values, *(name for site in random for name in site.names))}
 
     def compute_all(self) -> dict[str, Tensor]:
         """All weights, computed in place: for compilers, which put the computation into their own graph."""
         values: dict[str, Tensor] = {}
         for site, module in zip(self.sites, self._modules, strict=True):
+            if site.home in self._random and site.is_alone:
+                # Drawn anew at each read, by the module that owns it.
+                continue
             result = module(*[values[read] if read in values else self.tensor(read) for read in site.reads])
             for name, value in zip(site.names, result if isinstance(result, tuple) else (result,), strict=True):
                 values[name] = value
@@ -202,6 +206,7 @@ class Runtime:
             plan = make_plan(
                 self.root, self.sites, trace=self.trace, why_live=self.why_live, reader=self, inline=self.inline, tracer=tracer
             )
+        self._random = plan.volatile
         self._parameters = tuple((registry, name) for registry, name in plan.slots if isinstance(registry[name], nn.Parameter))
         return plan
 
@@ -319,8 +324,10 @@ class Runtime:
         return (self.trace, torch.get_default_dtype(), flags, tuple((t.shape, t.dtype, t.device) for t in tensors))
 
     def _refresh(self) -> Entry:
+        refuse_shards(tensor for module in self._modules for tensor in module.parameters())
         plan = self.plan
         sources = [registry[name] for registry, name in plan.slots]
+        refuse_shards(sources)
         training = self.root.training or any(module.training for module in self._modules)
         graph = any(map(requires_grad_of, sources)) and (torch.is_grad_enabled() or training)
         received: set[int] = set()

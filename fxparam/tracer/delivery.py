@@ -107,7 +107,7 @@ class Binding:
 
     def _read_inline(self, owner: nn.Module, name: str) -> Tensor:
         # No lock, thread or context is touched here: compilers cannot look into those.
-        if self._inline is not None and self._inline.values is not None:
+        if self._inline is not None and self._inline.values is not None and self.names[name] in self._inline.values:
             return self._inline.values[self.names[name]]
         return self._compute(owner, name)
 

@@ -328,11 +328,7 @@ def test_what_ranks_would_add_alone_is_refused(name: str, results: list[dict[str
             check(rank[name]["after"], want)
 
 
-CLASS = pytest.mark.xfail(strict=True, raises=AssertionError, reason="assigning __class__ changes the live model's class")
-NESTED = pytest.mark.xfail(strict=True, raises=AssertionError, reason="latents still sharded at the prologue are not refused")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=CLASS) for name in [*list(SHARDED)[:2], "hoisted"]])
+@pytest.mark.parametrize("name", [*list(SHARDED)[:2], "hoisted"])
 def test_fsdp_trains_like_one_process(name: str, results: list[dict[str, Any]]) -> None:
     oracle: Any = SHARDED[name][0]()
     optimizer = torch.optim.SGD(oracle.parameters(), 0.1)
@@ -348,7 +344,7 @@ def test_fsdp_trains_like_one_process(name: str, results: list[dict[str, Any]]) 
         assert found["refreshes"] == STEPS
 
 
-@pytest.mark.parametrize("name", [pytest.param("layer with computed weight", marks=NESTED)])
+@pytest.mark.parametrize("name", ["layer with computed weight"])
 def test_fsdp_of_a_layer_with_a_computed_weight_is_refused(name: str, results: list[dict[str, Any]]) -> None:
     for result in results:
         found = result[f"fsdp: {name}"]
@@ -357,7 +353,7 @@ def test_fsdp_of_a_layer_with_a_computed_weight_is_refused(name: str, results: l
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name == "whole, deferred" else CLASS) for name in SHARDED if "deferred" in name],
+    [name for name in SHARDED if "deferred" in name],
 )
 def test_fsdp_with_deferral_is_refused(name: str, results: list[dict[str, Any]]) -> None:
     for result in results:
