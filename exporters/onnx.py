@@ -321,7 +321,6 @@ def _clean(model: ir.Model) -> None:
             value.metadata_props.clear()
     ir.passes.Sequential(
         common.ClearMetadataAndDocStringPass(),
-        common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),

@@ -64,6 +64,8 @@ def fold_plain(
     """Fold a model without computed weights; see ``fold``."""
     try:
         traced = trace_body(plain, {})
+        if inputs is not None and not _fits(inputs, traced.arguments):
+            return _exported(plain, inputs, compute_dtype, arithmetic)
     except TraceError as error:
         if inputs is None:
             raise TraceError(
@@ -75,6 +77,11 @@ def fold_plain(
     if arithmetic:
         program = run(program, (Fold(compute_dtype),))
     return graph_module(plain, program)
+
+
+def _fits(inputs: tuple[Any, ...], arguments: tuple[str, ...]) -> bool:
+    """Whether the graph traced without inputs takes these: the required arguments, all tensors."""
+    return len(inputs) == len(arguments) and all(isinstance(value, Tensor) for value in inputs)
 
 
 def _exported(plain: nn.Module, inputs: tuple[Any, ...], compute_dtype: torch.dtype | None, arithmetic: bool) -> fx.GraphModule:
@@ -92,7 +99,9 @@ def exported_program(plain: nn.Module, exported: ExportedProgram) -> Program:
         **dict(module.named_buffers(remove_duplicate=False)),
     }
     targets = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    tensors |= {name: attrgetter(name)(module) for name in targets if name not in tensors}
+    others = {name: attrgetter(name)(module) for name in targets if name not in tensors}
+    # Bodies of torch.cond, no_grad and autocast regions are modules that the graph reads as attributes.
+    tensors |= {name: value for name, value in others.items() if isinstance(value, Tensor)}
     return Program(module.graph, tensors, dict(module.named_modules()))
 
 
@@ -100,7 +109,7 @@ def graph_module(root: nn.Module, program: Program) -> fx.GraphModule:
     """A module with just what the graph of ``program`` names, under these names."""
     attributes: dict[str, Any] = {}
     for node in program.graph.nodes:
-        if node.op == "call_module":
+        if node.op == "call_module" or (node.op == "get_attr" and node.target in program.modules):
             attributes[str(node.target)] = program.modules[str(node.target)]
         elif node.op == "get_attr":
             attributes[str(node.target)] = _parameter(program.tensors, str(node.target))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxparam.errors import SpecError
 from fxparam.runtime.module import ParametrizedModule
 from fxparam.spec.names import PARAMETRIZATIONS
 from fxparam.tracer.copying import structural_copy
@@ -28,6 +29,8 @@ def restore(model: ParametrizedModule, *, compute_dtype: torch.dtype | None = No
     Returns:
         A module of the class that was given to ``transform``, in the same mode, with the same names and ties.
     """
+    if not isinstance(model, ParametrizedModule):
+        raise SpecError(f"got {type(model).__name__}, expected a model that fxp.transform returned")
     live: nn.Module = model._fxp_live
     weights = weight_values(model, compute_dtype)
     owners = [module for module in live.modules() if binding_of(module) is not None]

@@ -17,7 +17,7 @@ from fxparam.runtime.optimizers import repoint, watch_replaced
 from fxparam.spec.names import PARAMETRIZATIONS, NamedTensor, join, named_tensors, split
 from fxparam.spec.resolve import Task, home_of, latent_owner, resolve
 from fxparam.spec.spec import Spec
-from fxparam.tracer.adoption import Adopted
+from fxparam.tracer.adoption import LEGACY_SCHEMES, Adopted
 from fxparam.tracer.building import adopted_site, build_site
 from fxparam.tracer.copying import structural_copy
 from fxparam.tracer.delivery import Binding, install
@@ -57,6 +57,8 @@ def transform(
     """
     if not isinstance(model, nn.Module):
         raise SpecError(f"got {type(model).__name__}, expected an nn.Module")
+    if not isinstance(spec, Mapping | None):
+        raise SpecError(f"got {spec!r} as a spec, expected a mapping such as {{'layer.weight': fxp.orthogonal()}}")
     if isinstance(model, ParametrizedModule):
         raise SpecError("the model is transformed already; give all rules to one transform, or start from fxp.restore(model)")
     if inner := next((path for path, module in model.named_modules() if isinstance(module, ParametrizedModule)), None):
@@ -128,6 +130,15 @@ class _Builder:
             install(holder, binding)
         return tuple(self.sites)
 
+    def _legacy_names(self, name: str, module: SiteModule) -> dict[str, str]:
+        """The names that a checkpoint of a legacy hook has for the tensors of a site that does the same."""
+        own = set(module.state_dict())
+        path, local = split(name)
+        for scheme in LEGACY_SCHEMES:
+            if own == set(scheme.values()):
+                return {join(path, f"{local}{old}"): join(home_of(path, local), new) for old, new in scheme.items()}
+        return {}
+
     def _latent_rows(self, key: tuple[int, str], module: SiteModule) -> Iterator[NamedTensor]:
         """The latents of what was adopted, as tensors that a rule may name by spelling out ``parametrizations``."""
         home = home_of(self.paths[key[0]], key[1])
@@ -149,6 +160,8 @@ class _Builder:
         module, start = build_site(task, [self._value(name) for name in reads], one)
         declared = " >> ".join(map(_text, task.steps))
         self._add(task.rows, module, declared, "spec", start, reads, joint=number if task.joint else None)
+        if not task.joint:
+            self.legacy |= self._legacy_names(task.rows[0].name, module)
         if one is None:
             home = self.sites[-1].home
             self.replaced += [(row.tensor, module.latents, home) for row in task.rows if isinstance(row.tensor, nn.Parameter)]

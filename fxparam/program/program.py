@@ -125,7 +125,7 @@ class Program:
         Raises:
             PassError: the graph is ill-formed or names a tensor or module that does not exist. Shows the nodes around.
         """
-        known = {*self.tensors, *self.weights, *self.values}
+        known = {*self.tensors, *self.weights, *self.values, *self.modules}
         for graph in filter(None, (self.graph, self.prologue, self.body)):
             try:
                 graph.lint()

@@ -64,17 +64,22 @@ class PrivateGraph:
         values: what the prologue yielded, with its private graph.
         edges: for each source, where its gradient arrives; None for sources without gradient.
         on_backward: called with the positions of the sources that received a gradient. Must not hold the entry.
+        saves: whether the graph of a component saves tensors, as far as that was found out before.
     """
 
     def __init__(
-        self, values: Values, edges: Sequence[GradientEdge | None], on_backward: Callable[[Sequence[int]], None]
+        self,
+        values: Values,
+        edges: Sequence[GradientEdge | None],
+        on_backward: Callable[[Sequence[int]], None],
+        saves: dict[Component, bool],
     ) -> None:
         self._values = weakref.ref(values)
         self.edges = edges
         self.on_backward = on_backward
         # What leases hand over that a backward pass has just consumed, by pass and component.
         self._handed: dict[tuple[int, Component], Values] = {}
-        self._saves: dict[Component, bool] = {}
+        self._saves = saves
 
     def frees(self, component: Component, values: Values) -> bool:
         """Whether a backward would free anything: PyTorch lets a graph that saved nothing run again."""

@@ -6,10 +6,12 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxparam.errors import ImageError
 from fxparam.program import Site
+from fxparam.tracer.looking import present_values
 
 
 class Checkpoints:
@@ -56,6 +58,7 @@ class Checkpoints:
             for name in names:
                 state.pop(prefix + name, None)
         if not site.latents:
+            self._compare(site, weights, state, prefix)
             return
         home: Any = self.root.get_submodule(site.home)
         moved = tuple(weight.detach().to(home.latents[0].device) for weight in weights)
@@ -70,3 +73,15 @@ class Checkpoints:
         # The maps keep the buffers they have: a plain checkpoint knows nothing of them.
         for name, value in home.state_dict().items():
             state.setdefault(f"{prefix}{site.home}.{name}", value)
+
+    def _compare(self, site: Site, weights: Sequence[Tensor], state: Mapping[str, Any], prefix: str) -> None:
+        """A weight that is computed from others must be what a plain checkpoint says it is, where that can be told."""
+        if not all(prefix + name in state for name in site.reads):
+            return
+        home: Any = self.root.get_submodule(site.home)
+        for weight, value in zip(weights, present_values(home, [state[prefix + name] for name in site.reads]), strict=True):
+            if not torch.allclose(value, weight.to(value), rtol=1e-4, atol=1e-6):
+                raise ImageError(
+                    f"the checkpoint holds {', '.join(site.names)}, which is computed from {', '.join(site.reads)} here "
+                    f"({site.declaration}), with another value; load it into the plain model"
+                )

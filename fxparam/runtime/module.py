@@ -297,6 +297,8 @@ class ParametrizedModule(nn.Module):
             SpecError: no weight of this name is computed.
         """
         self._site(name)
+        if not isinstance(tensor, Tensor):
+            raise SpecError(f"got {type(tensor).__name__} for {name}, expected a tensor")
         self._fxp_runtime.write_weight(name, tensor, project=project)
 
     def sample(self, name: str, *, generator: torch.Generator | None = None) -> Tensor:
@@ -307,18 +309,17 @@ class ParametrizedModule(nn.Module):
             SpecError: no weight of this name is computed.
         """
         site = self._site(name)
-        steps: Sequence[Any] = list(self._fxp_live.get_submodule(site.home))
-        # The last map that knows a distribution draws; those after it map on.
-        for at in reversed(range(len(steps))):
-            if hasattr(steps[at], "sample"):
-                with torch.no_grad():
-                    value = steps[at].sample(generator=generator) if generator is not None else steps[at].sample()
-                    for step in steps[at + 1 :]:
-                        value = step(value)
-                if isinstance(value, Tensor):
-                    return value
-                return value[next(i for i, aliases in enumerate(site.aliases) if name in aliases)]
-        raise ImageError(f"no map of {name} ({site.declaration}) has a distribution to sample from")
+        steps: list[Any] = list(self._fxp_live.get_submodule(site.home))
+        # The first map draws from its distribution, the others map on: what comes out is in the image of the chain.
+        if not site.latents or not steps or not hasattr(steps[0], "sample"):
+            raise ImageError(f"{name} ({site.declaration}) has no distribution to sample from")
+        with torch.no_grad():
+            value = steps[0].sample(generator=generator) if generator is not None else steps[0].sample()
+            for step in steps[1:]:
+                value = step(value)
+        if isinstance(value, Tensor):
+            return value
+        return value[next(at for at, aliases in enumerate(site.aliases) if name in aliases)]
 
     def freeze(self, pattern: str = "*") -> list[str]:
         """Stop training the latents behind the weights whose name fits the glob; returns their names."""
@@ -355,6 +356,8 @@ class ParametrizedModule(nn.Module):
 
     def _matching(self, pattern: str) -> list[Site]:
         found = [s for s in self.sites if any(fnmatchcase(alias, pattern) for aliases in s.aliases for alias in aliases)]
+        if not found and not self.sites:
+            raise SpecError("no weight of this model is computed; give transform(model, spec) a spec")
         if not found:
             raise SpecError(f"no computed weight fits {pattern!r}; {nearest(pattern, self._names())}")
         return found

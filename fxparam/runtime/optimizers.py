@@ -32,7 +32,7 @@ def repoint(optimizer: Optimizer, replaced: Replaced) -> None:
     latents = {id(parameter): new for parameter, new, _ in replaced}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if latents and held.isdisjoint(latents):
-        raise SpecError("the optimizer holds none of the parameters that the spec replaces; build it from model.parameters()")
+        raise SpecError("the optimizer holds none of the parameters that are replaced; build it from model.parameters()")
     seen: set[int] = set()
     for group in optimizer.param_groups:
         kept = []
@@ -42,7 +42,10 @@ def repoint(optimizer: Optimizer, replaced: Replaced) -> None:
                 optimizer.state.pop(parameter, None)
             # One latent may stand behind several parameters (joint declarations).
             kept += [tensor for tensor in new if not (id(tensor) in seen or seen.add(id(tensor)))]  # type: ignore[func-returns-value]
-        group["params"] = [tensor for tensor in kept if isinstance(tensor, nn.Parameter)]
+        # In place: some optimizers (LBFGS) keep the very list.
+        group["params"][:] = [tensor for tensor in kept if isinstance(tensor, nn.Parameter)]
+    if hasattr(optimizer, "_numel_cache"):
+        optimizer._numel_cache = None
 
 
 @dataclass(frozen=True)

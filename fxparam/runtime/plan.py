@@ -6,7 +6,7 @@ Everything that a trace bakes in is part of the kind; a runtime keeps one plan f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -61,6 +61,8 @@ class Plan:
     volatile: frozenset[str]
     watch: Watch
     asked: tuple[tuple[dict[str, Any], str, tuple[Any, ...]], ...]
+    # Found out at the first refresh, and the same at every other.
+    saves: dict[Component, bool] = field(default_factory=dict)
 
     def holds(self) -> bool:
         """Whether the Python state that was baked in is still the same."""

@@ -86,6 +86,7 @@ class Runtime:
             if binding is not None:
                 binding.bind(self, self.inline)
         self._random: frozenset[str] = frozenset()
+        self._flat: tuple[list[nn.Module], list[dict[str, Any]]] | None = None
         self._parameters: tuple[tuple[dict[str, Any], str], ...] = ()
         # Made now, while the tensors are the model's own: later a forward may run under a transform of PyTorch's.
         _ = self.plan
@@ -181,6 +182,8 @@ class Runtime:
         kind = self._kind()
         plan = self._plans.get(kind)
         if plan is None or not plan.holds():
+            self._flat = None
+            kind = self._kind()
             with self._lock:
                 plan = self._plans[kind] = self._new_plan(plan)
         return plan
@@ -317,14 +320,18 @@ class Runtime:
 
     def _kind(self) -> object:
         """Everything that traces bake in and that changes back and forth: modes of modules, kinds of tensors."""
-        modules = list(self.root.modules()) if self.trace else self._maps
-        roots = (self.root,) if self.trace else self._modules
-        tensors = (tensor for root in roots for tensor in (*root.parameters(), *root.buffers()))
+        if self._flat is None:
+            modules = list(self.root.modules()) if self.trace else self._maps
+            self._flat = (
+                modules,
+                [registry for module in modules for registry in (module._parameters, module._buffers) if registry],
+            )
+        modules, registries = self._flat
+        tensors = (tensor for registry in registries for tensor in registry.values() if tensor is not None)
         flags = tuple(module.training for module in modules)
         return (self.trace, torch.get_default_dtype(), flags, tuple((t.shape, t.dtype, t.device) for t in tensors))
 
     def _refresh(self) -> Entry:
-        refuse_shards(tensor for module in self._modules for tensor in module.parameters())
         plan = self.plan
         sources = [registry[name] for registry, name in plan.slots]
         refuse_shards(sources)
@@ -350,7 +357,7 @@ class Runtime:
         sources = [registry[name] for registry, name in plan.slots]
         self.stats.refreshes += 1
         held = Values(values)
-        private = PrivateGraph(held, edges, on_backward)
+        private = PrivateGraph(held, edges, on_backward, plan.saves)
         return Entry(
             plan=plan,
             published=Published(private, held, plan.components, sources),

@@ -29,6 +29,7 @@ from fxparam.errors import SpecError, missing_extra
 from fxparam.spec.selectors import Glob, Joint, Predicate, Regex, Selector, Where
 
 VERSION = 1
+_FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 
 
 def to_dict(rules: Mapping[Selector, Declaration]) -> dict[str, Any]:
@@ -113,7 +114,8 @@ def _select_out(key: Selector) -> Any:
         case Glob(pattern):
             return pattern
         case Regex(pattern):
-            return {"regex": pattern.pattern}
+            letters = "".join(letter for letter, flag in _FLAGS.items() if pattern.flags & flag)
+            return {"regex": f"(?{letters}){pattern.pattern}" if letters else pattern.pattern}
         case Where(module_type, name_glob) if getattr(nn, module_type.__name__, None) is module_type:
             return {"where": [module_type.__name__, name_glob]}
         case Joint(parts):

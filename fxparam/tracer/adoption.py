@@ -38,6 +38,8 @@ _SCHEME: Mapping[str, Mapping[str, str]] = {
     "spectral_norm hook": {"_orig": "original", "_u": "0._u", "_v": "0._v"},
     "prune": {"_orig": "original", "_mask": "0.mask"},
 }
+LEGACY_SCHEMES = tuple(_SCHEME.values())
+"""For each legacy hook, what it appends to the name of its tensor, and the name of the same tensor in a site."""
 _UNDO = {
     "parametrize": "torch.nn.utils.parametrize.remove_parametrizations(module, {!r})",
     "weight_norm hook": "torch.nn.utils.remove_weight_norm(module, {!r})",

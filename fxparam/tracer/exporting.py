@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxparam.errors import TraceError
-from fxparam.tracer.hazards import error_line
+from fxparam.tracer.hazards import error_line, python_random_states
 
 
 def export_program(
@@ -31,9 +31,13 @@ def export_program(
     with warnings.catch_warnings():
         # Recurrent layers keep their weights in a list besides; the tracer warns that it does not see writes to it.
         warnings.filterwarnings("ignore", message=".*_flat_weights.*", category=UserWarning)
+        before = python_random_states()
         try:
-            return torch.export.export(plain, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+            exported = torch.export.export(plain, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             reason = f"torch.export raised {type(error).__name__}: {first}"
             raise TraceError(" at ".join(filter(None, (reason, error_line(error))))) from error
+        if before != python_random_states():
+            raise TraceError("the forward draws random numbers that are not PyTorch's, and an exported graph would repeat them")
+    return exported
