@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from enum import IntEnum
 
 import torch
-from networkx.utils import UnionFind
 from torch import Tensor, fx, nn
 
 from fxparam.program.effects import Effect, effect_of
@@ -91,6 +90,9 @@ def written_memory(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: M
     writers |= _own_state(graph, modules)
     if not writers:
         return {}
+    # Slow to import, and only needed where something writes.
+    from networkx.utils import UnionFind
+
     alias: UnionFind = UnionFind(graph.nodes)
     first_read: dict[object, fx.Node] = {}
     for node in graph.nodes:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
@@ -205,6 +204,8 @@ def _components(program: Program) -> tuple[Component, ...]:
     """The connected components of the prologue: tensors that train apart from each other get autograd nodes of their own."""
     prologue = program.prologue
     assert prologue is not None
+    import networkx as nx
+
     graph: nx.Graph = nx.Graph()
     placeholders = [node for node in prologue.nodes if node.op == "placeholder"]
     outputs = list(next(iter(reversed(prologue.nodes))).args[0])

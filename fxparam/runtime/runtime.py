@@ -332,6 +332,7 @@ class Runtime:
         return (self.trace, torch.get_default_dtype(), flags, tuple((t.shape, t.dtype, t.device) for t in tensors))
 
     def _refresh(self) -> Entry:
+        refuse_shards(tensor for module in self._maps for tensor in module._parameters.values() if tensor is not None)
         plan = self.plan
         sources = [registry[name] for registry, name in plan.slots]
         refuse_shards(sources)

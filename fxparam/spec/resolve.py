@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-import networkx as nx
 from torch.nn.parameter import is_lazy
 
 from fxparam.declaration import Declaration, Existing, Ref, steps_of
@@ -116,6 +115,8 @@ def latent_owner(target: str, weights: Iterable[str]) -> str | None:
 def _in_order(tasks: list[Task], rows: Sequence[NamedTensor]) -> tuple[Task, ...]:
     names = {alias: row.name for row in rows for alias in row.aliases}
     maker = {row.name: task for task in tasks for row in task.rows}
+    import networkx as nx
+
     graph: nx.DiGraph = nx.DiGraph()
     graph.add_nodes_from(range(len(tasks)))
     index = {id(task): number for number, task in enumerate(tasks)}

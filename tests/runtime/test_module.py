@@ -587,7 +587,7 @@ def test_sample() -> None:
     same(a.mT @ a, torch.eye(4))
     assert torch.equal(model.weights()["decoder.weight"], before)
     plain = fxp.transform(Net(), {"decoder.weight": torch.tanh})
-    with pytest.raises(fxp.ImageError, match=r"no map of decoder.weight .* has a distribution to sample from"):
+    with pytest.raises(fxp.ImageError, match=r"decoder.weight .* has no distribution to sample from"):
         plain.sample("decoder.weight")
 
 
@@ -1099,3 +1099,74 @@ def test_instances_are_used_as_they_are() -> None:
         gain.gain.mul_(2.0)
         other.gain.mul_(2.0)
     same(model(x), oracle(x))
+
+
+# --- what came up when the whole was tried as a user would
+
+
+def test_an_lbfgs_built_before_is_repointed() -> None:
+    net = nn.Linear(4, 4)
+    optimizer = torch.optim.LBFGS(net.parameters())
+    model = fxp.transform(net, {"weight": fxp.weight_norm()}, optimizer=optimizer)
+    x = torch.randn(2, 4)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    before = model(x).square().sum().item()
+    optimizer.step(closure)
+    assert model(x).square().sum().item() < 1e-3 * before
+
+
+@pytest.mark.parametrize(
+    ("declared", "holds"),
+    [
+        (fxp.orthogonal() >> fxp.scale(3.0), lambda w: torch.allclose(w.T @ w, 9 * torch.eye(4, dtype=w.dtype))),
+        (fxp.positive() >> fxp.mask(density=0.5), lambda w: bool((w >= 0).all()) and int((w == 0).sum()) == 8),
+    ],
+    ids=["scaled", "masked"],
+)
+def test_a_sample_of_a_chain_is_in_its_image(declared: Any, holds: Any) -> None:
+    model = fxp.transform(nn.Linear(4, 4), {"weight": declared})
+    weight = model.sample("weight", generator=torch.Generator().manual_seed(3))
+    assert holds(weight)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune"])
+def test_legacy_checkpoints_load_into_a_declared_model(kind: str) -> None:
+    legacy = nn.Linear(4, 4)
+    declared = {"weight_norm": fxp.weight_norm(), "spectral_norm": fxp.spectral_norm(), "prune": fxp.mask(density=0.5)}[kind]
+    if kind == "prune":
+        torch.nn.utils.prune.l1_unstructured(legacy, "weight", amount=0.5)
+    else:
+        getattr(torch.nn.utils, kind)(legacy, "weight")
+    legacy.eval()
+    model = fxp.transform(nn.Linear(4, 4), {"weight": declared}).eval()
+    model.load_state_dict(legacy.state_dict())
+    x = torch.randn(3, 4)
+    same(model(x), legacy(x))
+
+
+def test_a_plain_checkpoint_that_contradicts_a_reference_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = fxp.transform(net, {"1.weight": fxp.ref("0.weight") >> fxp.transpose()})
+    state = dict(fxp.restore(model).state_dict())
+    model.load_state_dict(state)
+    with pytest.raises(fxp.ImageError, match=r"the checkpoint holds 1.weight, which is computed from 0.weight here"):
+        model.load_state_dict(state | {"1.weight": torch.randn(4, 4)})
+
+
+def test_what_is_no_spec_tensor_or_transformed_model_is_refused() -> None:
+    with pytest.raises(fxp.SpecError, match=r"as a spec, expected a mapping"):
+        fxp.transform(nn.Linear(2, 2), [("weight", fxp.skew())])  # type: ignore[arg-type]
+    with pytest.raises(fxp.SpecError, match=r"expected a model that fxp.transform returned"):
+        fxp.restore(nn.Linear(2, 2))  # type: ignore[arg-type]
+    model = fxp.transform(nn.Linear(2, 2), {"weight": fxp.skew()})
+    with pytest.raises(fxp.SpecError, match=r"got list for weight, expected a tensor"):
+        model.assign("weight", [[0, 1], [-1, 0]])  # type: ignore[arg-type]
+    with pytest.raises(fxp.SpecError, match=r"no weight of this model is computed"):
+        fxp.transform(nn.Linear(2, 2)).freeze()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -591,3 +592,49 @@ def test_refit_after_training(case: Case, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), run(model, x)[0], rtol=1e-4, atol=1e-5)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(N, N)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.lin(x)
+        return y if mask is None else y * mask
+
+
+class Centred(Masked):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            centre = x.mean()
+        return self.lin(x) * centre
+
+
+class Rolled(Masked):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for row in x:
+            x = self.lin(x) * row.sum() * random.random()
+        return x
+
+
+def test_optional_inputs_that_are_given_count() -> None:
+    model = fxp.transform(Masked().double(), {"lin.weight": Doubled()})
+    x, mask = torch.randn(2, N).double(), torch.rand(2, N).double()
+    torch.testing.assert_close(fxp.fold(model, example_inputs=(x, mask))(x, mask), model(x, mask))
+    torch.testing.assert_close(fxp.fold(model, example_inputs=(x,))(x), model(x))
+
+
+@pytest.mark.parametrize("arithmetic", [True, False])
+def test_regions_of_an_exported_graph_are_kept(arithmetic: bool, tmp_path: Path) -> None:
+    model = fxp.transform(Centred(), {"lin.weight": Doubled()})
+    x = torch.randn(2, N)
+    folded = fxp.fold(model, example_inputs=(x,), arithmetic=arithmetic)
+    torch.testing.assert_close(folded(x), model(x))
+    assert fxp.export_onnx(model, (x,), tmp_path / "m.onnx").initializers == ("lin.weight", "lin.bias")
+
+
+def test_an_export_that_would_bake_random_numbers_is_refused() -> None:
+    model = fxp.transform(Rolled(), {"lin.weight": Doubled()})
+    with pytest.raises(fxp.TraceError, match="draws random numbers that are not PyTorch's"):
+        fxp.fold(model, example_inputs=(torch.randn(2, N),))
