@@ -63,7 +63,12 @@ def transform(
         raise SpecError("the model is transformed already; give all rules to one transform, or start from fxp.restore(model)")
     if inner := next((path for path, module in model.named_modules() if isinstance(module, ParametrizedModule)), None):
         raise SpecError(
-            f"{inner} is transformed already; transform the whole model at once, after {inner} = fxp.restore({inner})"
+            f"{inner} is transformed already; transform the whole model at once: put fxp.restore of it in its place first"
+        )
+    if copy and optimizer is not None:
+        raise SpecError(
+            "copy=True shares no tensor with the given model, so there is nothing in its optimizer to point elsewhere; build an "
+            "optimizer from the parameters of what transform returns"
         )
     if trace not in TRACES:
         raise SpecError(f"got trace={trace!r}, expected one of {', '.join(map(repr, TRACES))}")

@@ -78,7 +78,7 @@ class Record:
         return f"{self.by}: {'refused: ' if self.refused else ''}{self.did}{f' ({self.why})' if self.why else ''}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Program:
     """A traced model (or only its weights) on its way through the passes.
 
@@ -105,6 +105,10 @@ class Program:
     sources: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
     body: fx.Graph | None = None
+
+    def __repr__(self) -> str:
+        nodes = len(self.graph.nodes)
+        return f"Program({nodes} nodes, {len(self.tensors)} tensors, {len(self.sites)} sites, facts {sorted(self.facts)})"
 
     @property
     def weights(self) -> dict[str, Site]:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from fxparam.declaration import Declaration, Existing, Ref, steps_of
 from fxparam.errors import SpecError
 from fxparam.spec.names import PARAMETRIZATIONS, NamedTensor, join, split
-from fxparam.spec.selectors import Joint, Selector
+from fxparam.spec.selectors import Joint, Selector, Where
 from fxparam.spec.spec import Spec
 
 
@@ -86,6 +86,12 @@ def _matched(rule: Selector, rows: Sequence[NamedTensor]) -> tuple[NamedTensor, 
     visible = [row for row in rows if rule.reaches_latents or not row.is_latent]
     found = [row for row in visible if rule.matches(row)]
     found = [row for row in found if not row.is_buffer] or found
+    if (
+        not found
+        and isinstance(rule, Where)
+        and not any(isinstance(owner, rule.module_type) for row in visible for owner, _ in row.places)
+    ):
+        raise SpecError(f"rule {rule} matches nothing; the model has no {rule.module_type.__name__} with parameters or buffers")
     if not found:
         names = [name for row in visible for name in row.aliases]
         raise SpecError(f"rule {rule} matches nothing; {nearest(str(rule), names)}")

@@ -14,7 +14,7 @@ import pickle
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -238,12 +238,16 @@ class World:
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             name = name.replace("/", ".")
             found |= {name: tensor, f"{name}.grad": tensor.grad, f"{name}.requires_grad": tensor.requires_grad}
-        return {name: found[name] for name in sorted(found)} | {"training": self.model.training, "fired": dict(self.fired)}
+        return {name: found[name] for name in sorted(found)} | {
+            "training": self.model.training,
+            "fired": dict(sorted(self.fired.items())),
+        }
 
     def clean(self) -> None:
         """After an error in a backward: how far it got is not defined."""
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        for model in (self.model, *(() if self.spare is None else self.spare[:1])):
+            for parameter in model.parameters():
+                parameter.grad = None
 
     # Forward and backward.
 
@@ -281,7 +285,9 @@ class World:
         """``autograd.grad`` to all parameters; the penalty goes through it once more."""
         losses = self._taken(at, True)
         trained = [parameter for _, parameter in self._sorted() if parameter.requires_grad]
-        found = torch.autograd.grad(losses[part % len(losses)], trained, create_graph=penalty, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            losses[part % len(losses)], trained, create_graph=penalty, retain_graph=True, allow_unused=True
+        )
         if penalty:
             self._taken(at, False)
             torch.stack([gradient.square().sum() for gradient in found if gradient is not None]).sum().backward()
@@ -397,7 +403,7 @@ class World:
             parameter.data = value
         elif how == "set":
             with torch.no_grad():
-                parameter.set_(value)
+                parameter.set_(value)  # type: ignore[call-overload]
         elif how == "vector":
             vector = torch.cat([p.detach().flatten() for p in self._trained_or_not()])
             torch.nn.utils.vector_to_parameters(vector + 0.01, self._trained_or_not())
@@ -671,11 +677,6 @@ class Script(RuleBasedStateMachine):
 
     @precondition(_pending)
     @rule(at=places, part=places, retain=flags, keep=flags)
-    def checkpointed(self, seed: int, reentrant: bool) -> None:
-        """The forward runs again in its backward."""
-        x = noise(seed, 3, N).requires_grad_(reentrant)
-        self.losses(checkpoint(self.model, x, use_reentrant=reentrant))[-1].backward()
-
     def backward(self, at: int, part: int, retain: bool, keep: bool) -> None:
         self.do("backward", at, part, retain, keep, False, keeps=True)
 

@@ -1170,3 +1170,9 @@ def test_what_is_no_spec_tensor_or_transformed_model_is_refused() -> None:
         model.assign("weight", [[0, 1], [-1, 0]])  # type: ignore[arg-type]
     with pytest.raises(fxp.SpecError, match=r"no weight of this model is computed"):
         fxp.transform(nn.Linear(2, 2)).freeze()
+
+
+def test_an_optimizer_and_a_copy_exclude_each_other() -> None:
+    net = nn.Linear(2, 2)
+    with pytest.raises(fxp.SpecError, match=r"copy=True shares no tensor with the given model"):
+        fxp.transform(net, {"weight": fxp.skew()}, copy=True, optimizer=torch.optim.SGD(net.parameters(), 0.1))

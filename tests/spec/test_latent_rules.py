@@ -1,6 +1,7 @@
 """Rules on the latents of what a model already computes, reached by spelling out ``parametrizations``."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ class Halved(nn.Module):
         return weight * 2
 
 
-def models(trace: str) -> tuple[nn.Module, fxp.ParametrizedModule]:
+def models(trace: str) -> tuple[Any, fxp.ParametrizedModule]:
     torch.manual_seed(0)
-    net = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
+    net: Any = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
     oracle = copy.deepcopy(net)
     parametrize.register_parametrization(oracle[0].parametrizations.weight, "original0", Halved())
     model = fxp.transform(net, {"0.parametrizations.weight.original0": fxp.custom(Halved())}, trace=trace)

@@ -230,3 +230,16 @@ def test_files_that_are_no_yaml_or_json(tmp_path) -> None:
         fxp.Spec.load(tmp_path / "c.yaml")
     with pytest.raises(SpecError, match=r"got 'd.toml'; a spec file ends in .yaml, .yml or .json"):
         fxp.Spec.load(tmp_path / "d.toml")
+
+
+def test_a_type_that_the_model_does_not_have_is_named() -> None:
+    with pytest.raises(SpecError, match=r"matches nothing; the model has no Conv2d with parameters or buffers"):
+        chosen(Net(), fxp.where(nn.Conv2d))
+
+
+@pytest.mark.parametrize("flags", [re.IGNORECASE, re.IGNORECASE | re.DOTALL, re.NOFLAG])
+def test_flags_of_a_regex_survive_a_file(flags: re.RegexFlag) -> None:
+    spec = fxp.Spec({re.compile("ENCODER.*", flags): fxp.skew()})
+    (again,) = fxp.Spec.from_dict(spec.to_dict())
+    assert isinstance(again, Regex)
+    assert again.pattern.flags == re.compile("ENCODER.*", flags).flags
