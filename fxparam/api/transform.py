@@ -67,8 +67,8 @@ def transform(
         )
     if copy and optimizer is not None:
         raise SpecError(
-            "copy=True shares no tensor with the given model, so there is nothing in its optimizer to point elsewhere; build an "
-            "optimizer from the parameters of what transform returns"
+            "copy=True shares no tensor with the given model, so there is nothing in its optimizer to point elsewhere; build "
+            "an optimizer from the parameters of what transform returns"
         )
     if trace not in TRACES:
         raise SpecError(f"got trace={trace!r}, expected one of {', '.join(map(repr, TRACES))}")
