@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,7 +64,7 @@ def by_call(net: nn.Module) -> nn.Module:
 
 
 def read_all(model: nn.Module) -> dict[str, Tensor]:
-    return {name: getattr(model.get_submodule(name.split(".")[0]), "weight") for name in NAMES}
+    return {name: attrgetter(name)(model) for name in NAMES}
 
 
 def worlds(subject: Callable[[nn.Module], nn.Module], scope: str) -> Callable[[int], tuple[World, World]]:

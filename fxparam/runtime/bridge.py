@@ -80,6 +80,7 @@ class PrivateGraph:
         # What leases hand over that a backward pass has just consumed, by pass and component.
         self._handed: dict[tuple[int, Component], Values] = {}
         self._saves = saves
+        self.exposed = False
 
     def frees(self, component: Component, values: Values) -> bool:
         """Whether a backward would free anything: PyTorch lets a graph that saved nothing run again."""
@@ -109,6 +110,8 @@ class PrivateGraph:
         edges = [self.edges[at] for at, need in zip(component.sources, needed, strict=True) if need]
         if not pairs or not edges:
             return [None] * len(needed)
+        # A second-order graph leads through this one, and the backward that ends it frees what is saved here as well.
+        self.exposed = self.exposed or torch.is_grad_enabled()
         found = iter(
             torch.autograd.grad(
                 [value for value, _ in pairs],

@@ -614,11 +614,10 @@ class Script(RuleBasedStateMachine):
         computed = self._refreshes() - before if self.subject.model is model else 0
         if keeps and self.at_hand and computed:
             raise Mismatch(f"{action}{args}: the weights were computed again, and nothing had changed")
-        if self.kind.stateful:
+        if self.kind.stateful and computed and self.oracle.model.training:
             if computed > 1:
                 raise Mismatch(f"{action}{args}: the weights were computed {computed} times")
-            if computed and self.oracle.model.training:
-                self.oracle.model.advance()
+            self.oracle.model.advance()
         expected = attempt(self.oracle.run, action, *args)
         compare(got, expected, f"{action}{args}")
         if not isinstance(self.oracle.model, Oracle) and {"data", "vector"} & {*args} | {"exchange"} & {action}:
@@ -630,6 +629,7 @@ class Script(RuleBasedStateMachine):
             # How far a backward got before its error, and what moved on the way, is not defined.
             self.subject.clean()
             self.oracle.clean()
+            self.oracle.fired = Counter(self.subject.fired)
             self.settle()
         self.at_hand = not failed and (reads or (keeps and self.at_hand)) and self.subject.model.training
         self.compare_states(f"after {action}{args}")
@@ -764,7 +764,7 @@ class Script(RuleBasedStateMachine):
     def write_buffer(self, at: int, seed: int) -> None:
         self.do("write_buffer", at, seed)
 
-    @precondition(lambda self: self.kind.weights and not self.subject.pending)
+    @precondition(lambda self: self.kind.weights and not self.subject.pending and not self.subject.deferred)
     @rule(at=places)
     def write_weight(self, at: int) -> None:
         self.do("write_weight", self.kind.weights[at % len(self.kind.weights)])

@@ -680,3 +680,20 @@ def test_the_two_traces_differ() -> None:
 
 def test_the_table_holds_every_situation() -> None:
     assert len(CASES) >= 48
+
+
+@pytest.mark.parametrize("trace", ["live", "auto"])
+def test_a_second_order_graph_is_not_shared_with_the_next_forward(trace: str) -> None:
+    model = fxp.transform(nn.Linear(4, 4).double(), {"weight": fxp.orthogonal(map="matrix_exp")}, trace=trace)
+    oracle = fxp.transform(nn.Linear(4, 4).double(), {"weight": fxp.orthogonal(map="matrix_exp")}, trace=trace)
+    oracle.load_state_dict(model.state_dict())
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for m in (model, oracle):
+        found = torch.autograd.grad(m(x).square().sum(), list(m.parameters()), create_graph=True)
+        sum(gradient.square().sum() for gradient in found).backward()  # type: ignore[union-attr]
+        if m is oracle:
+            m.invalidate()
+        # The backward above freed what the second order saved; this one has a graph of its own.
+        m(x).sin().sum().backward()
+    for p, q in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
