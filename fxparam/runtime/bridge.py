@@ -63,6 +63,7 @@ class PrivateGraph:
     Args:
         values: what the prologue yielded, with its private graph.
         edges: for each source, where its gradient arrives; None for sources without gradient.
+        sources: the sources themselves.
         on_backward: called with the positions of the sources that received a gradient. Must not hold the entry.
         saves: whether the graph of a component saves tensors, as far as that was found out before.
     """
@@ -71,16 +72,16 @@ class PrivateGraph:
         self,
         values: Values,
         edges: Sequence[GradientEdge | None],
+        sources: Sequence[Tensor],
         on_backward: Callable[[Sequence[int]], None],
         saves: dict[Component, bool],
     ) -> None:
         self._values = weakref.ref(values)
-        self.edges = edges
+        self.edges, self.sources = edges, sources
         self.on_backward = on_backward
         # What leases hand over that a backward pass has just consumed, by pass and component.
         self._handed: dict[tuple[int, Component], Values] = {}
         self._saves = saves
-        self.exposed = False
 
     def frees(self, component: Component, values: Values) -> bool:
         """Whether a backward would free anything: PyTorch lets a graph that saved nothing run again."""
@@ -107,24 +108,83 @@ class PrivateGraph:
             for at, gradient in zip(component.values, gradients, strict=True)
             if gradient is not None and values.tensors[at].requires_grad
         ]
-        edges = [self.edges[at] for at, need in zip(component.sources, needed, strict=True) if need]
-        if not pairs or not edges:
+        wanted = [at for at, need in zip(component.sources, needed, strict=True) if need]
+        if not pairs or not wanted:
             return [None] * len(needed)
-        # A second-order graph leads through this one, and the backward that ends it frees what is saved here as well.
-        self.exposed = self.exposed or torch.is_grad_enabled()
         found = iter(
-            torch.autograd.grad(
+            _differentiated(
                 [value for value, _ in pairs],
-                edges,  # type: ignore[arg-type]
                 [gradient for _, gradient in pairs],
-                retain_graph=True,
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
+                [self.edges[at] for at in wanted],
+                [self.sources[at] for at in wanted],
             )
         )
         result = [next(found) if need else None for need in needed]
         self.on_backward([at for at, gradient in zip(component.sources, result, strict=True) if gradient is not None])
         return result
+
+
+def _differentiated(
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    edges: Sequence[GradientEdge | None],
+    inputs: Sequence[Tensor],
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` of private values to private edges, connected to the public tensors behind these."""
+    if torch.is_grad_enabled():
+        return Derivative.apply(values, edges, len(gradients), *gradients, *inputs)
+    return torch.autograd.grad(values, edges, gradients, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+
+
+class Derivative(torch.autograd.Function):
+    """Gradients that are differentiated again. Arguments: the values, the edges, how many gradients, these, and the tensors
+    behind the edges.
+
+    A second-order backward goes through the graph of the first order as well, and frees it if it is not to keep it. That graph
+    is shared with other forwards; so the second order is private, too, and the third.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Sequence[Tensor], edges: Sequence[GradientEdge], number: int, *tensors: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients, without their graph."""
+        ctx.set_materialize_grads(False)
+        with torch.enable_grad():
+            given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors[:number]]
+            found = torch.autograd.grad(values, edges, given, create_graph=True, allow_unused=True)
+        ctx.found, ctx.tensors = found, tensors
+        ctx.edges = (*(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in given), *edges)
+        results = tuple(None if gradient is None else gradient.detach() for gradient in found)
+        fixed = (result for result, one in zip(results, found, strict=True) if one is not None and not one.requires_grad)
+        ctx.mark_non_differentiable(*fixed)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        """Runs the private graph of the second order."""
+        if ctx.found is None:
+            raise RuntimeError(AGAIN)
+        pairs = [
+            (one, gradient)
+            for one, gradient in zip(ctx.found, gradients, strict=True)
+            if one is not None and one.requires_grad and gradient is not None
+        ]
+        needed = ctx.needs_input_grad[3:]
+        wanted = [at for at, need in enumerate(needed) if need]
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.found = None
+        if not pairs or not wanted:
+            return (None, None, None, *(None for _ in needed))
+        found = iter(
+            _differentiated(
+                [one for one, _ in pairs],
+                [gradient for _, gradient in pairs],
+                [ctx.edges[at] for at in wanted],
+                [ctx.tensors[at] for at in wanted],
+            )
+        )
+        return (None, None, None, *(next(found) if need else None for need in needed))
 
 
 class Refresh(torch.autograd.Function):

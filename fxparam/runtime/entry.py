@@ -61,7 +61,6 @@ class Entry:
                 and list(map(requires_grad_of, sources)) == self.trainable
                 and steps == self.steps
                 and modes == self.modes
-                and not self.published.graph.exposed
                 and (self.graph or not torch.is_grad_enabled() or not any(self.trainable))
                 and list(map(version_of, self.published.values)) == self.weight_versions
                 and self.plan.holds()

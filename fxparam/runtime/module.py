@@ -127,6 +127,9 @@ class ParametrizedModule(nn.Module):
 
     def train(self, mode: bool = True) -> ParametrizedModule:
         """Training or eval mode, for the whole model."""
+        if mode != self.training:
+            # Now, and not at the next read: other weights may be swapped in and out again without one in this mode.
+            self._fxp_runtime.drop_entries()
         self._fxp_live.train(mode)
         self.__dict__["training"] = self._fxp_live.training
         return self

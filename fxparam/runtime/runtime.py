@@ -358,7 +358,7 @@ class Runtime:
         sources = [registry[name] for registry, name in plan.slots]
         self.stats.refreshes += 1
         held = Values(values)
-        private = PrivateGraph(held, edges, on_backward, plan.saves)
+        private = PrivateGraph(held, edges, sources, on_backward, plan.saves)
         return Entry(
             plan=plan,
             published=Published(private, held, plan.components, sources),
