@@ -5,16 +5,19 @@ functions carry gradients over it:
 
     latents --Refresh--> weights of the entry --Lease--> weights of one forward --> the user's graph
 
-``Refresh`` is one node for each connected component of the prologue and lives as long as its entry is current; its backward
-runs the private graph, once per backward pass however many forwards that pass covers. ``Lease`` is a fresh node for each
-root forward; it behaves, errors included, like the graph plain PyTorch would have built there: a second backward without
-``retain_graph`` is refused, and what it held is released.
+``Refresh`` lives as long as its entry is current; its backward runs the private graph, once per backward pass however many
+forwards that pass covers. ``Lease`` is a fresh node for each root forward; it behaves, errors included, like the graph plain
+PyTorch would have built there: a second backward without ``retain_graph`` is refused, and what it held is released.
+
+Connected components of the prologue train apart from each other. A node of Python costs as much as a small weight does, so
+components of little size share their nodes, as a *group* that still keeps account of each: what a loss does not reach gets
+no gradient and is not released.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +35,11 @@ AGAIN = (
 )
 
 
-# By identity: a lease looks itself up by its component, and there are thousands of leases.
+_MAX_GROUP = 64
+_MAX_GROUP_ELEMENTS = 2**20
+"""How much shares a node: gradients of a group arrive together, and those of large weights should not wait."""
+
+
 @dataclass(frozen=True, eq=False)
 class Component:
     """A connected part of the prologue: no other part shares a source or a value with it.
@@ -46,12 +53,60 @@ class Component:
     values: tuple[int, ...]
 
 
-class Values:
-    """The values of one refresh with their private graph. Who holds this keeps them: the entry while it is current, and each
-    forward's lease until its backward.
+# By identity: leases look themselves up by their group, and there are thousands of leases.
+class Group:
+    """Components whose values cross the bridge in the same nodes.
+
+    Args:
+        components: the components, by their numbers.
+        frees: whether their graphs save tensors; PyTorch lets a graph that saved nothing run again. The same for all of them.
+
+    Attributes:
+        sources: positions of the tensors they read.
+        values: positions of the values they yield.
+        part: for each of these, the number of the component that yields it.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, components: Mapping[int, Component], *, frees: bool) -> None:
+        self.components, self.frees = components, frees
+        self.sources = tuple(at for component in components.values() for at in component.sources)
+        self.values = tuple(at for component in components.values() for at in component.values)
+        self.part = tuple(number for number, component in components.items() for _ in component.values)
+
+    def reached(self, gradients: Sequence[Tensor | None]) -> set[int]:
+        """The numbers of the components that these gradients of the values belong to."""
+        return {part for part, gradient in zip(self.part, gradients, strict=True) if gradient is not None}
+
+
+def grouped(components: Sequence[Component], values: Sequence[Tensor]) -> dict[int, Group]:
+    """Groups of the components that train, neighbours together, by the number of the component.
+
+    Args:
+        components: the parts of the prologue.
+        values: what it yielded, with its graph.
+    """
+    result: dict[int, Group] = {}
+    run: dict[int, Component] = {}
+    kind, size = (False, torch.device("cpu")), 0
+    for number, component in enumerate(components):
+        own = [values[at] for at in component.values]
+        if not any(value.requires_grad for value in own):
+            continue
+        own_kind, own_size = (_saves(own), own[0].device), sum(value.numel() for value in own)
+        if own_kind != kind or len(run) == _MAX_GROUP or size + own_size > _MAX_GROUP_ELEMENTS:
+            result |= dict.fromkeys(run, Group(run, frees=kind[0]))
+            run, kind, size = {}, own_kind, 0
+        run[number] = component
+        size += own_size
+    return result | dict.fromkeys(run, Group(run, frees=kind[0]))
+
+
+class Values:
+    """The values of one group of one refresh, by position, with their private graph. Who holds this keeps them: the entry while
+    it is current, and each forward's lease until its backward.
+    """
+
+    def __init__(self, tensors: Mapping[int, Tensor]) -> None:
         self.tensors = tensors
 
 
@@ -61,67 +116,60 @@ class PrivateGraph:
     It holds the values weakly: kept losses keep their ``Refresh`` nodes, and through these this object, but no weights.
 
     Args:
-        values: what the prologue yielded, with its private graph.
         edges: for each source, where its gradient arrives; None for sources without gradient.
         sources: the sources themselves.
-        on_backward: called with the positions of the sources that received a gradient. Must not hold the entry.
-        saves: whether the graph of a component saves tensors, as far as that was found out before.
+        on_backward: called with the number of components that a backward ran through, and the positions of the sources that
+            received a gradient. Must not hold the entry.
     """
 
     def __init__(
         self,
-        values: Values,
         edges: Sequence[GradientEdge | None],
         sources: Sequence[Tensor],
-        on_backward: Callable[[Sequence[int]], None],
-        saves: dict[Component, bool],
+        on_backward: Callable[[int, Sequence[int]], None],
     ) -> None:
-        self._values = weakref.ref(values)
         self.edges, self.sources = edges, sources
         self.on_backward = on_backward
-        # What leases hand over that a backward pass has just consumed, by pass and component.
-        self._handed: dict[tuple[int, Component], Values] = {}
-        self._saves = saves
+        self._values: dict[Group, weakref.ref[Values]] = {}
+        # What leases hand over that a backward pass has just consumed, by pass and group.
+        self._handed: dict[tuple[int, Group], Values] = {}
 
-    def frees(self, component: Component, values: Values) -> bool:
-        """Whether a backward would free anything: PyTorch lets a graph that saved nothing run again."""
-        saves = self._saves.get(component)
-        if saves is None:
-            saves = self._saves[component] = _saves([values.tensors[at] for at in component.values])
-        return saves
+    def lead_from(self, group: Group, values: Values) -> None:
+        """From now on gradients of this group may come."""
+        self._values[group] = weakref.ref(values)
 
-    def hand(self, component: Component, values: Values) -> None:
+    def hand(self, group: Group, values: Values) -> None:
         """A backward pass went through a forward's lease and keeps no graph: the values are needed once more, in this pass."""
-        self._handed[torch._C._current_graph_task_id(), component] = values
+        self._handed[torch._C._current_graph_task_id(), group] = values
 
-    def backward(self, component: Component, gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients of the component's sources from gradients of its values.
+    def backward(self, group: Group, gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of the group's sources from gradients of its values.
 
         Raises:
             RuntimeError: all forwards that used this graph had their backward, and it was released.
         """
-        values = self._handed.pop((torch._C._current_graph_task_id(), component), None) or self._values()
+        values = self._handed.pop((torch._C._current_graph_task_id(), group), None) or self._values[group]()
         if values is None:
             raise RuntimeError(AGAIN)
         pairs = [
             (values.tensors[at], gradient)
-            for at, gradient in zip(component.values, gradients, strict=True)
+            for at, gradient in zip(group.values, gradients, strict=True)
             if gradient is not None and values.tensors[at].requires_grad
         ]
-        wanted = [at for at, need in zip(component.sources, needed, strict=True) if need]
+        reached = group.reached(gradients)
+        behind = {at for number in reached for at in group.components[number].sources}
+        wanted = [at for at, need in zip(group.sources, needed, strict=True) if need and at in behind]
         if not pairs or not wanted:
             return [None] * len(needed)
-        found = iter(
-            _differentiated(
-                [value for value, _ in pairs],
-                [gradient for _, gradient in pairs],
-                [self.edges[at] for at in wanted],
-                [self.sources[at] for at in wanted],
-            )
+        found = _differentiated(
+            [value for value, _ in pairs],
+            [gradient for _, gradient in pairs],
+            [self.edges[at] for at in wanted],
+            [self.sources[at] for at in wanted],
         )
-        result = [next(found) if need else None for need in needed]
-        self.on_backward([at for at, gradient in zip(component.sources, result, strict=True) if gradient is not None])
-        return result
+        given = {at: gradient for at, gradient in zip(wanted, found, strict=True) if gradient is not None}
+        self.on_backward(len(reached), list(given))
+        return [given.get(at) if need else None for at, need in zip(group.sources, needed, strict=True)]
 
 
 def _differentiated(
@@ -188,47 +236,80 @@ class Derivative(torch.autograd.Function):
 
 
 class Refresh(torch.autograd.Function):
-    """latents -> the weights of an entry. Arguments: the graph, the component, the component's sources."""
+    """latents -> the weights of an entry. Arguments: the graph, the values, the group, the group's sources."""
 
     @staticmethod
-    def forward(ctx: Any, graph: PrivateGraph, values: Values, component: Component, *sources: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, graph: PrivateGraph, values: Values, group: Group, *sources: Tensor) -> tuple[Tensor, ...]:
         """Aliases of the values that share their version counters."""
-        ctx.graph, ctx.component = graph, component
-        ctx.set_materialize_grads(False)
-        own = [values.tensors[at] for at in component.values]
-        aliases = tuple(value.detach() for value in own)
-        ctx.mark_non_differentiable(*(alias for alias, value in zip(aliases, own, strict=True) if not value.requires_grad))
-        return aliases
+        ctx.graph, ctx.group = graph, group
+        graph.lead_from(group, values)
+        return aliases_of([values.tensors[at] for at in group.values], ctx)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """Runs the private graph."""
-        return (None, None, None, *ctx.graph.backward(ctx.component, gradients, ctx.needs_input_grad[3:]))
+        return (None, None, None, *ctx.graph.backward(ctx.group, gradients, ctx.needs_input_grad[3:]))
+
+
+class Account:
+    """What one forward holds of a refresh, shared by the node in its graph and the frame that reads.
+
+    Attributes:
+        held: the values; None once a backward has been through everything that was read.
+        read: the components that the forward has read; no gradient can come for any other.
+        released: those that a backward which kept no graph has been through.
+    """
+
+    def __init__(self, held: Values) -> None:
+        self.held: Values | None = held
+        self.read: set[int] = set()
+        self.released: set[int] = set()
+
+    def is_open(self, number: int) -> bool:
+        """Whether this component can still be read: no backward has released it."""
+        return self.held is not None and number not in self.released
+
+    def settle(self, reached: set[int], *, frees: bool) -> None:
+        """A backward went through these components.
+
+        Raises:
+            RuntimeError: one of them has been released.
+        """
+        if not self.released.isdisjoint(reached):
+            raise RuntimeError(AGAIN)
+        if frees and not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.released |= reached
+            if self.read <= self.released:
+                # A loss that is kept keeps this, and must not keep the weights.
+                self.held = None
 
 
 class Lease(torch.autograd.Function):
-    """The weights of an entry -> the weights of one forward. Arguments: the graph, the values."""
+    """The weights of an entry -> the weights of one forward. Arguments: the graph, the account, the group, the weights."""
 
     @staticmethod
-    def forward(ctx: Any, graph: PrivateGraph, held: Values, component: Component, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, graph: PrivateGraph, account: Account, group: Group, *values: Tensor) -> tuple[Tensor, ...]:
         """Aliases once more, of a node of their own."""
-        ctx.graph, ctx.held, ctx.component = graph, held, component
-        ctx.frees = graph.frees(component, held)
-        ctx.set_materialize_grads(False)
-        aliases = tuple([value.detach() for value in values])
-        if fixed := [alias for alias, value in zip(aliases, values, strict=True) if not value.requires_grad]:
-            ctx.mark_non_differentiable(*fixed)
-        return aliases
+        ctx.graph, ctx.account, ctx.group = graph, account, group
+        return aliases_of(values, ctx)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """The gradients as they are; refuses a second time, as a graph freed by its backward does."""
-        if ctx.held is None:
-            raise RuntimeError(AGAIN)
-        if ctx.frees and not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.graph.hand(ctx.component, ctx.held)
-            ctx.held = None
+        held = ctx.account.held
+        ctx.account.settle(ctx.group.reached(gradients), frees=ctx.group.frees)
+        if held is not None and ctx.account.held is None:
+            ctx.graph.hand(ctx.group, held)
         return (None, None, None, *gradients)
+
+
+def aliases_of(values: Sequence[Tensor], ctx: Any) -> tuple[Tensor, ...]:
+    """What a node of this bridge hands out for values: aliases that share the version counter."""
+    ctx.set_materialize_grads(False)
+    aliases = tuple([value.detach() for value in values])
+    if fixed := [alias for alias, value in zip(aliases, values, strict=True) if not value.requires_grad]:
+        ctx.mark_non_differentiable(*fixed)
+    return aliases
 
 
 def _saves(values: Sequence[Tensor]) -> bool:
@@ -247,7 +328,8 @@ def private_aliases(sources: Sequence[Tensor], *, graph: bool) -> tuple[list[Ten
     if not graph:
         return [source.detach() for source in sources], [None] * len(sources)
     aliases = [source.view_as(source) if source.requires_grad else source.detach() for source in sources]
-    return aliases, [get_gradient_edge(alias) if alias.requires_grad else None for alias in aliases]
+    # Every view has a node of its own, and is the first and only output of it.
+    return aliases, [GradientEdge(alias.grad_fn, 0) if alias.requires_grad else None for alias in aliases]  # type: ignore[arg-type]
 
 
 class Published:
@@ -258,33 +340,69 @@ class Published:
 
     Args:
         graph: the private graph.
-        held: its values.
+        values: what the prologue yielded, with that graph.
         components: the parts of the prologue.
+        groups: by the number of the component, the group it trains in; none for those that do not train.
         sources: the tensors behind it.
     """
 
-    def __init__(self, graph: PrivateGraph, held: Values, components: Sequence[Component], sources: Sequence[Tensor]) -> None:
-        self.graph, self.held, self.components, self.sources = graph, held, components, sources
-        self.values: Sequence[Tensor] = held.tensors
-        self._outputs: list[tuple[Tensor, ...] | None] = [None] * len(components)
-        self._trainable = [any(self.values[at].requires_grad for at in component.values) for component in components]
-
-    def lease(self, number: int) -> dict[int, Tensor]:
-        """Fresh aliases of the values of one component, by position: with gradient if grad mode is on, else without."""
-        component = self.components[number]
-        if not self.trains(number):
-            return {at: self.values[at].detach() for at in component.values}
-        return dict(zip(component.values, Lease.apply(self.graph, self.held, component, *self.outputs(number)), strict=True))
+    def __init__(
+        self,
+        graph: PrivateGraph,
+        values: Sequence[Tensor],
+        components: Sequence[Component],
+        groups: Mapping[int, Group],
+        sources: Sequence[Tensor],
+    ) -> None:
+        self.graph, self.values, self.components, self.sources = graph, values, components, sources
+        self._groups = groups
+        self._alone: dict[int, Group] = {}
+        self._outputs: dict[Group, tuple[Values, tuple[Tensor, ...]]] = {}
 
     def trains(self, number: int) -> bool:
         """Whether a forward under the present grad mode needs gradients for this component."""
-        return self._trainable[number] and torch.is_grad_enabled()
+        return number in self._groups and torch.is_grad_enabled()
 
-    def outputs(self, number: int) -> tuple[Tensor, ...]:
-        """The values of one component behind their ``Refresh`` node, in the order of its values."""
-        outputs = self._outputs[number]
+    def detached(self, number: int) -> dict[int, Tensor]:
+        """Aliases of the values of one component without gradient, by position."""
+        return {at: self.values[at].detach() for at in self.components[number].values}
+
+    def lease(self, number: int) -> Leased:
+        """Fresh aliases with gradient of the values of one component, and of those that share its nodes."""
+        group = self.group(number)
+        held, outputs = self.outputs(group)
+        account = Account(held)
+        return Leased(group, account, dict(zip(group.values, Lease.apply(self.graph, account, group, *outputs), strict=True)))
+
+    def groups(self) -> list[Group]:
+        """All groups that train."""
+        return list(dict.fromkeys(map(self.group, self._groups)))
+
+    def group(self, number: int) -> Group:
+        """The group of a component that trains. Hooks of a latent must not hear of losses that do not reach it: it is alone."""
+        group = self._groups[number]
+        if number in self._alone or (
+            len(group.components) > 1 and any([self.sources[at]._backward_hooks for at in group.sources])
+        ):
+            if number not in self._alone:
+                self._alone |= {n: Group({n: part}, frees=group.frees) for n, part in group.components.items()}
+            return self._alone[number]
+        return group
+
+    def outputs(self, group: Group) -> tuple[Values, tuple[Tensor, ...]]:
+        """The values of one group, and the same behind their ``Refresh`` node, in the order of the group."""
+        outputs = self._outputs.get(group)
         if outputs is None:
-            component = self.components[number]
-            outputs = Refresh.apply(self.graph, self.held, component, *(self.sources[at] for at in component.sources))
-            self._outputs[number] = outputs
+            held = Values({at: self.values[at] for at in group.values})
+            refreshed = Refresh.apply(self.graph, held, group, *(self.sources[at] for at in group.sources))
+            outputs = self._outputs[group] = (held, refreshed)
         return outputs
+
+
+@dataclass(frozen=True)
+class Leased:
+    """What one forward reads: the weights of one group by position, and what becomes of them."""
+
+    group: Group
+    account: Account
+    values: Mapping[int, Tensor]

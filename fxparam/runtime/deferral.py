@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.nn.parallel import DistributedDataParallel
 
 from fxparam.errors import DeferralError, FxparamError
-from fxparam.runtime.bridge import AGAIN, Published
+from fxparam.runtime.bridge import Account, Group, Leased, Published, Values, aliases_of
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -37,24 +37,35 @@ class Block:
         self._parallel: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
         self._lock = threading.Lock()
 
-    def lease(self, published: Published, numbers: Sequence[int]) -> dict[int, Tensor]:
-        """The values of some components, by position, for one forward: cut off, or carrying the sums where DDP synchronizes.
+    def lease(self, published: Published, number: int) -> Leased:
+        """The values of one component for one forward, and of those that share its nodes: cut off from the latents, or of all
+        that train, carrying all sums, where DDP synchronizes.
 
         Raises:
             DeferralError: the latents are sharded (FSDP2).
         """
         refuse_sharded(published.sources)
-        at = [position for number in numbers for position in published.components[number].values]
         with torch.inference_mode(False):
-            # Made now, also where they are used at the end only: a latent frozen until then is no error in PyTorch.
-            outputs = [output for number in numbers for output in published.outputs(number)]
             parallel = DistributedDataParallel._active_ddp_module
             if parallel is not None:
                 self._parallel.add(parallel)
-            if parallel is None or not parallel.require_backward_grad_sync:
-                return dict(zip(at, _Deferred.apply(self, published, at, self.anchor), strict=True))
-            self.synchronizes = True
-            return dict(zip(at, _Carrying.apply(self, published, at, *outputs), strict=True))
+            if parallel is not None and parallel.require_backward_grad_sync:
+                return self._carrying(published)
+            group = published.group(number)
+            # Made now, although they are used at the end only: a latent frozen until then is no error in PyTorch.
+            held, _ = published.outputs(group)
+            account = Account(held)
+            values = _Deferred.apply(self, published, account, group, self.anchor)
+            return Leased(group, account, dict(zip(group.values, values, strict=True)))
+
+    def _carrying(self, published: Published) -> Leased:
+        # All that trains: the synchronizing backward must carry every sum, whatever its loss reaches.
+        self.synchronizes = True
+        groups = published.groups()
+        group = Group({number: part for one in groups for number, part in one.components.items()}, frees=True)
+        outputs = [output for one in groups for output in published.outputs(one)[1]]
+        values = _Carrying.apply(self, published, group, *outputs)
+        return Leased(group, Account(Values({})), dict(zip(group.values, values, strict=True)))
 
     def add(self, published: Published, at: Iterable[int], gradients: Iterable[Tensor | None]) -> None:
         """Add gradients of values to the sums."""
@@ -113,10 +124,10 @@ class Block:
                 )
             outputs, gradients = [], []
             with torch.enable_grad():
-                for number, component in enumerate(published.components):
-                    if found.keys().isdisjoint(component.values):
+                for group in published.groups():
+                    if found.keys().isdisjoint(group.values):
                         continue
-                    for position, output in zip(component.values, published.outputs(number), strict=True):
+                    for position, output in zip(group.values, published.outputs(group)[1], strict=True):
                         if position in found:
                             outputs.append(output)
                             gradients.append(found[position].to(output.dtype))
@@ -127,50 +138,41 @@ class _Deferred(torch.autograd.Function):
     """Values cut off from the latents: no hook of theirs fires, and no graph is kept beyond the values."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, published: Published, at: list[int], anchor: Tensor) -> tuple[Tensor, ...]:
-        ctx.block, ctx.published, ctx.at = block, published, at
-        ctx.frees = any(published.graph.frees(part, published.held) for part in published.components)
-        return _aliases(ctx, published, at)
+    def forward(
+        ctx: Any, block: Block, published: Published, account: Account, group: Group, anchor: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.block, ctx.published, ctx.account, ctx.group = block, published, account, group
+        return aliases_of([published.values[at] for at in group.values], ctx)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        if ctx.published is None:
-            raise RuntimeError(AGAIN)
+        ctx.account.settle(ctx.group.reached(gradients), frees=ctx.group.frees)
         if torch.is_grad_enabled():
             raise DeferralError(
                 "backward(create_graph=True) inside defer_backward() would have to differentiate the deferred part; take "
                 "this loss out of the block"
             )
-        ctx.block.add(ctx.published, ctx.at, gradients)
-        if ctx.frees and not torch._C._autograd._get_current_graph_task_keep_graph():
-            # A loss that is kept keeps this node, and must not keep the weights.
+        ctx.block.add(ctx.published, ctx.group.values, gradients)
+        if ctx.account.held is None:
             ctx.published = None
-        return None, None, None, None
+        return None, None, None, None, None
 
 
 class _Carrying(torch.autograd.Function):
     """Values connected to the latents, whose backward adds what was deferred before."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, published: Published, at: list[int], *outputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.block, ctx.published, ctx.at = block, published, at
-        return _aliases(ctx, published, at)
+    def forward(ctx: Any, block: Block, published: Published, group: Group, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.block, ctx.published, ctx.group = block, published, group
+        return aliases_of(outputs, ctx)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         total: list[Tensor | None] = []
-        for position, gradient in zip(ctx.at, gradients, strict=True):
+        for position, gradient in zip(ctx.group.values, gradients, strict=True):
             deferred = ctx.block.take(ctx.published, position)
             total.append(gradient if deferred is None else deferred if gradient is None else gradient + deferred)
         return (None, None, None, *total)
-
-
-def _aliases(ctx: Any, published: Published, at: Sequence[int]) -> tuple[Tensor, ...]:
-    ctx.set_materialize_grads(False)
-    aliases = tuple(published.values[position].detach() for position in at)
-    fixed = [alias for alias, position in zip(aliases, at, strict=True) if not published.values[position].requires_grad]
-    ctx.mark_non_differentiable(*fixed)
-    return aliases
 
 
 def refuse_sharded(latents: Iterable[Tensor]) -> None:

@@ -13,6 +13,7 @@ Grad mode is not part of it: in training the private graph is built under ``no_g
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter, is_
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxparam.runtime.bridge import Published
+from fxparam.runtime.bridge import Leased, Published
 from fxparam.runtime.deferral import Block
 from fxparam.runtime.plan import Plan
 
@@ -82,28 +83,29 @@ class Frame:
 
     def __init__(self, entry: Entry, block: Block | None) -> None:
         self.entry, self.block = entry, block
-        self.leases: dict[tuple[bool, int], dict[int, Tensor]] = {}
+        self._leases: dict[int, Leased] = {}
+        self._detached: dict[int, Mapping[int, Tensor]] = {}
 
-    def read(self, name: str) -> Tensor:
-        """The weight (or hoisted value) with this name, leased for this forward."""
+    def read(self, name: str) -> Tensor | None:
+        """The weight (or hoisted value) with this name, leased for this forward. None: somebody wrote to it."""
         number, at = self.entry.plan.component_of[name]
-        key = (torch.is_grad_enabled(), number)
-        lease = self.leases.get(key)
-        if lease is None:
-            lease = self._lease(number)
-        return lease[at]
+        value = (self._leased if self.entry.published.trains(number) else self._without_gradient)(number)[at]
+        return value if value._version == self.entry.weight_versions[at] else None
 
-    def _lease(self, number: int) -> dict[int, Tensor]:
-        published = self.entry.published
-        if self.block is None or not published.trains(number):
-            lease = published.lease(number)
-            self.leases[torch.is_grad_enabled(), number] = lease
-            return lease
-        # All components that train together: a synchronizing backward must carry every sum, whatever its loss reaches.
-        numbers = [other for other in range(len(published.components)) if published.trains(other)]
-        values = self.block.lease(published, numbers)
-        self.leases |= {(True, other): values for other in numbers}
+    def _without_gradient(self, number: int) -> Mapping[int, Tensor]:
+        values = self._detached.get(number)
+        if values is None:
+            values = self._detached[number] = self.entry.published.detached(number)
         return values
+
+    def _leased(self, number: int) -> Mapping[int, Tensor]:
+        leased = self._leases.get(number)
+        if leased is None or not leased.account.is_open(number):
+            published = self.entry.published
+            leased = published.lease(number) if self.block is None else self.block.lease(published, number)
+            self._leases |= dict.fromkeys(leased.group.components, leased)
+        leased.account.read.add(number)
+        return leased.values
 
 
 class InlineFrame:

@@ -17,7 +17,7 @@ from fxparam.errors import PassError, TraceError
 from fxparam.pipeline import training_pipeline
 from fxparam.program import Fragment, Program, Record, Site, run
 from fxparam.program.line import CONSTANTS, HOISTED
-from fxparam.runtime.bridge import Component
+from fxparam.runtime.bridge import Component, Group
 from fxparam.spec.names import named_tensors, split
 from fxparam.tracer.delivery import Inline, WeightReader, binding_of
 from fxparam.tracer.looking import present_values
@@ -60,8 +60,8 @@ class Plan:
     volatile: frozenset[str]
     watch: Watch
     asked: tuple[tuple[dict[str, Any], str, tuple[Any, ...]], ...]
-    # Found out at the first refresh, and the same at every other.
-    saves: dict[Component, bool] = field(default_factory=dict)
+    # Found out at the first refresh of its kind (what trains, autocast), and the same at every other.
+    groups: dict[object, Mapping[int, Group]] = field(default_factory=dict)
 
     def holds(self) -> bool:
         """Whether the Python state that was baked in is still the same."""
@@ -195,7 +195,11 @@ def _compile(
         traced=traced if program.body is not None else None,
         why_live=why_live,
         volatile=volatile,
-        watch=Watch(maps, functions=[f for f in map(_forward_of, maps) if f is not None]),
+        watch=Watch(
+            [module for module in maps if type(module) is not SiteModule],
+            fixed=[module for module in maps if type(module) is SiteModule],
+            functions=[f for f in map(_forward_of, maps) if f is not None],
+        ),
         asked=tuple((*_slot(root, name, program.tensors), kind) for name, kind in asked.items() if name in program.tensors),
     )
 

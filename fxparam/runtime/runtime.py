@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxparam.errors import DeferralError, StaleWeightsError
 from fxparam.program import Site
 from fxparam.runtime import steps
-from fxparam.runtime.bridge import PrivateGraph, Published, Values, private_aliases
+from fxparam.runtime.bridge import PrivateGraph, Published, grouped, private_aliases
 from fxparam.runtime.deferral import Block, refuse_sharded, refuse_shards
 from fxparam.runtime.entry import Entry, Frame, InlineFrame, requires_grad_of, version_of
 from fxparam.runtime.plan import Plan, make_plan
@@ -122,7 +122,14 @@ class Runtime:
         if name not in frame.entry.plan.component_of:
             # Random, and drawn anew at each read.
             return self._compute(name)[name]
-        return frame.read(name)
+        value = frame.read(name)
+        if value is not None:
+            return value
+        # Written in place since the beginning of this forward.
+        frame = self._frame()
+        if getattr(self._local, "frame", None) is not None:
+            self._local.frame = frame
+        return self.read_weight(name)
 
     def _compute(self, name: str) -> dict[str, Tensor]:
         """The weights of one site by all their names, computed now as ``torch.nn.utils.parametrize`` does."""
@@ -342,8 +349,8 @@ class Runtime:
         stats = self.stats
 
         # Neither the runtime nor the entry: autograd nodes hold this, and the garbage collector cannot see through them.
-        def on_backward(positions: Sequence[int]) -> None:
-            stats.backwards += 1
+        def on_backward(components: int, positions: Sequence[int]) -> None:
+            stats.backwards += components
             received.update(positions)
 
         with (
@@ -357,18 +364,21 @@ class Runtime:
         # A map with a state may have put new buffers in the place of those it read.
         sources = [registry[name] for registry, name in plan.slots]
         self.stats.refreshes += 1
-        held = Values(values)
-        private = PrivateGraph(held, edges, sources, on_backward, plan.saves)
+        modes, trainable = self._modes(), list(map(requires_grad_of, sources))
+        kind = (graph, modes, *trainable)
+        if kind not in plan.groups:
+            plan.groups[kind] = grouped(plan.components, values)
+        private = PrivateGraph(edges, sources, on_backward)
         return Entry(
             plan=plan,
-            published=Published(private, held, plan.components, sources),
+            published=Published(private, values, plan.components, plan.groups[kind], sources),
             sources=sources,
-            modes=self._modes(),
+            modes=modes,
             steps=self._steps,
             graph=graph,
             addresses=list(map(Tensor.data_ptr, sources)),
             versions=list(map(version_of, sources)),
-            trainable=list(map(requires_grad_of, sources)),
+            trainable=trainable,
             weight_versions=list(map(version_of, values)),
             storages=[source.untyped_storage() for source in sources],
             received=received,

@@ -73,6 +73,7 @@ class Watch:
     Args:
         modules: the modules whose code was looked into.
         others: modules of which only attributes are looked at.
+        fixed: modules whose attributes do not change, but for their mode, hooks and children.
         names: the attributes that the code mentions; None: all.
         places: further containers and keys, such as the globals of a function.
         functions: functions whose closures and globals count.
@@ -83,6 +84,7 @@ class Watch:
         modules: Iterable[nn.Module],
         *,
         others: Iterable[nn.Module] = (),
+        fixed: Iterable[nn.Module] = (),
         names: Collection[str] | None = None,
         places: Iterable[tuple[Any, str]] = (),
         functions: Iterable[types.FunctionType] = (),
@@ -90,14 +92,15 @@ class Watch:
         self._containers: list[Any] = []
         self._keys: list[Any] = []
         self._sized: list[Sized] = [getattr(torch_module, name) for name in _EVERYWHERE]
+        self._empty: list[Sized] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._known: set[int] = set()
         for module in modules:
-            state = module.__dict__
-            self._sized += [state[name] for name in _HOOKS]
-            self._hold_items(state["_modules"], deep=False)
-            self._sized.append(state)
+            self._hold_structure(module)
             self._hold_attributes(module, names)
+        for module in fixed:
+            self._hold_structure(module)
+            self._hold(module.__dict__, "training", 0)
         for module in others:
             self._hold_attributes(module, names)
         for container, key in places:
@@ -105,7 +108,15 @@ class Watch:
         for function in functions:
             self._hold_function(function, _DEPTH)
         self._values = list(map(getitem, self._containers, self._keys))
+        # Most of them are the empty hooks of modules: one call looks whether all still are.
+        self._empty, self._sized = [one for one in self._sized if not len(one)], [one for one in self._sized if len(one)]
         self._sizes = list(map(len, self._sized))
+
+    def _hold_structure(self, module: nn.Module) -> None:
+        state = module.__dict__
+        self._sized += [state[name] for name in _HOOKS]
+        self._hold_items(state["_modules"], deep=False)
+        self._sized.append(state)
 
     def _hold_attributes(self, module: nn.Module, names: Collection[str] | None) -> None:
         for key in module.__dict__:
@@ -117,6 +128,8 @@ class Watch:
         self._keys.append(key)
         value = container[key]
         if depth == 0 or id(value) in self._known or isinstance(value, (*_VALUES, Tensor, nn.Module, type, types.ModuleType)):
+            return
+        if isinstance(value, tuple) and all(isinstance(item, _VALUES) for item in value):
             return
         self._known.add(id(value))
         if isinstance(value, list | dict | tuple):
@@ -160,7 +173,7 @@ class Watch:
             values = list(map(getitem, self._containers, self._keys))
         except (KeyError, IndexError, ValueError):
             return False
-        if list(map(len, self._sized)) != self._sizes:
+        if any(self._empty) or list(map(len, self._sized)) != self._sizes:
             return False
         if not all(map(is_, values, self._values)) and not all(map(_equal, values, self._values)):
             return False

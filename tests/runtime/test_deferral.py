@@ -623,7 +623,7 @@ def test_kept_losses_keep_no_weights() -> None:
     _, model = pair()
     with model.defer_backward():
         loss = model(X[0]).sum()
-        held = weakref.ref(model._fxp_runtime._entries[model._fxp_runtime._modes()].published.held)
+        held = weakref.ref(model._fxp_runtime._entries[model._fxp_runtime._modes()].published.values[0])
         loss.backward()
     model.invalidate()
     gc.collect()
