@@ -61,7 +61,7 @@ def agree(script: Callable[[Any], Any], layers: int = LAYERS) -> None:
     expected, got = (outcome(model, script) for model in models(layers))
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        if isinstance(value, str) or name == "result" and isinstance(value, list):
+        if isinstance(value, str) or (name == "result" and isinstance(value, list)):
             assert got[name] == value
         else:
             torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12, msg=name)
