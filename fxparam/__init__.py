@@ -13,6 +13,7 @@ from fxparam.catalogue import Bounded as bounded
 from fxparam.catalogue import Flat as flat
 from fxparam.catalogue import LowRank as low_rank
 from fxparam.catalogue import Mask as mask
+from fxparam.catalogue import Noise as noise
 from fxparam.catalogue import Orthogonal as orthogonal
 from fxparam.catalogue import Positive as positive
 from fxparam.catalogue import PositiveDefinite as positive_definite
@@ -23,6 +24,7 @@ from fxparam.catalogue import Subspace as subspace
 from fxparam.catalogue import Symmetric as symmetric
 from fxparam.catalogue import Transpose as transpose
 from fxparam.catalogue import UnitNorm as unit_norm
+from fxparam.catalogue import Variational as variational
 from fxparam.catalogue import WeightNorm as weight_norm
 from fxparam.declaration import Custom as custom
 from fxparam.declaration import Declaration, Entry, Parametrization
@@ -76,6 +78,7 @@ __all__ = [
     "joint",
     "low_rank",
     "mask",
+    "noise",
     "orthogonal",
     "positive",
     "positive_definite",
@@ -90,6 +93,7 @@ __all__ = [
     "transform",
     "transpose",
     "unit_norm",
+    "variational",
     "weight_norm",
     "where",
 ]

@@ -19,12 +19,17 @@ from fxparam.errors import ImageError, SpecError
 
 Latents = Tensor | tuple[Tensor, ...]
 
+RESAMPLING = ("call", "step")
+"""How often a map that draws random numbers may be declared to draw them: at each read of its weight, or once per step."""
+
 
 class Parametrization(nn.Module, ABC):
     """A differentiable map from latents to one weight, as the catalogue writes them.
 
     Any ``nn.Module`` with ``forward`` and, optionally, ``right_inverse`` works in a spec; this class adds what the catalogue
     promises on top: ``contains``, ``project`` and ``sample``.
+
+    Any such module that draws random numbers may say how often, by an attribute ``resample`` of ``"call"`` or ``"step"``.
     """
 
     @abstractmethod
@@ -132,15 +137,37 @@ class Custom(Declaration):
         init: the start of the latents: a tensor, a tuple of tensors (one for each latent), or a function of the weight that
             returns either. Needed where the map changes shape or dtype and has no right inverse.
         right_inverse: for a plain function, the function from weight to latents.
+        resample: how often random numbers of the map are drawn: ``"call"``, at each read of the weight, or ``"step"``, once
+            per optimizer step for all reads, and with them those of all maps of the chain. None: as the attribute
+            ``resample`` of the map says, else per call.
+
+    Raises:
+        SpecError: ``resample`` is something else.
     """
 
     map: Callable[..., Any]
     init: Tensor | tuple[Tensor, ...] | Callable[[Tensor], Latents] | None = None
     right_inverse: Callable[[Tensor], Latents] | None = None
+    resample: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.resample is not None:
+            check_resample("custom", self.resample)
 
     def __repr__(self) -> str:
         inner = getattr(self.map, "__name__", None) or type(self.map).__name__
-        return f"custom({inner}{', init=...' if self.init is not None else ''})"
+        resample = f", resample={self.resample!r}" if self.resample is not None else ""
+        return f"custom({inner}{', init=...' if self.init is not None else ''}{resample})"
+
+
+def check_resample(name: str, value: object) -> None:
+    """Refuse what does not say how often random numbers are drawn.
+
+    Raises:
+        SpecError: ``value`` is neither ``"call"`` nor ``"step"``.
+    """
+    if value not in RESAMPLING:
+        raise SpecError(f"{name}: got resample={value!r}; expected one of {', '.join(map(repr, RESAMPLING))}")
 
 
 def declaration(value: object) -> Declaration:

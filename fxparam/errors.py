@@ -36,6 +36,10 @@ class StaleWeightsError(FxparamError, RuntimeError):
     """A cached weight differs from the value its latents give now (raised under ``FXPARAM_CHECK=1``)."""
 
 
+class NonFiniteError(FxparamError, RuntimeError):
+    """The weights cannot be computed because latents hold NaN or infinity; the message names them and their sites."""
+
+
 class DeferralError(FxparamError, RuntimeError):
     """Deferred gradients are pending where they would be lost or misplaced."""
 

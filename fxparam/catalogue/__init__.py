@@ -8,6 +8,7 @@ from types import MappingProxyType
 from fxparam.catalogue.definite import PositiveDefinite, Skew, Symmetric
 from fxparam.catalogue.elementwise import Bounded, Positive, Scale
 from fxparam.catalogue.joint import JointEntry
+from fxparam.catalogue.noise import Noise, Variational
 from fxparam.catalogue.norms import SpectralNorm, UnitNorm, WeightNorm
 from fxparam.catalogue.orthogonal import Orthogonal
 from fxparam.catalogue.rank import LowRank
@@ -21,6 +22,7 @@ _CLASSES: tuple[type[Entry], ...] = (
     Flat,
     LowRank,
     Mask,
+    Noise,
     Orthogonal,
     Positive,
     PositiveDefinite,
@@ -31,6 +33,7 @@ _CLASSES: tuple[type[Entry], ...] = (
     Symmetric,
     Transpose,
     UnitNorm,
+    Variational,
     WeightNorm,
 )
 
@@ -44,6 +47,7 @@ __all__ = [
     "JointEntry",
     "LowRank",
     "Mask",
+    "Noise",
     "Orthogonal",
     "Positive",
     "PositiveDefinite",
@@ -54,5 +58,6 @@ __all__ = [
     "Symmetric",
     "Transpose",
     "UnitNorm",
+    "Variational",
     "WeightNorm",
 ]

@@ -56,6 +56,7 @@ class Fragment:
         opaque: the reason why the graph is a single ``call_module``, or None where it shows the operations.
         volatile: whether each evaluation draws random numbers, so that no value may be kept.
         captured: tensors that the maps hold without registering them, by the names that ``inputs`` uses.
+        stateful: whether evaluating it again gives another value or changes a state: it writes buffers or attributes, or draws.
     """
 
     graph: fx.Graph
@@ -63,6 +64,7 @@ class Fragment:
     opaque: str | None = None
     volatile: bool = False
     captured: Mapping[str, Tensor] = field(default_factory=dict)
+    stateful: bool = False
 
 
 @dataclass(frozen=True)

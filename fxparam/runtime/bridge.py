@@ -16,6 +16,7 @@ no gradient and is not released.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from fxparam.runtime.hooks import keep_hooks_quiet
 from fxparam.tracer.hazards import nodes_behind
 
 AGAIN = (
@@ -118,15 +120,15 @@ class PrivateGraph:
     Args:
         edges: for each source, where its gradient arrives; None for sources without gradient.
         sources: the sources themselves.
-        on_backward: called with the number of components that a backward ran through, and the positions of the sources that
-            received a gradient. Must not hold the entry.
+        on_backward: called with the number of components that a backward ran through, the positions of the values that had a
+            gradient, the sources that received one, and their positions. Must not hold the entry.
     """
 
     def __init__(
         self,
         edges: Sequence[GradientEdge | None],
         sources: Sequence[Tensor],
-        on_backward: Callable[[int, Sequence[int]], None],
+        on_backward: Callable[[int, Sequence[int], Sequence[Tensor], Sequence[int]], None],
     ) -> None:
         self.edges, self.sources = edges, sources
         self.on_backward = on_backward
@@ -168,7 +170,11 @@ class PrivateGraph:
             [self.sources[at] for at in wanted],
         )
         given = {at: gradient for at, gradient in zip(wanted, found, strict=True) if gradient is not None}
-        self.on_backward(len(reached), list(given))
+        came = [at for at, gradient in zip(group.values, gradients, strict=True) if gradient is not None]
+        self.on_backward(len(reached), came, [self.sources[at] for at in given], list(given))
+        for at in group.sources:
+            if at not in given:
+                keep_hooks_quiet(self.sources[at])
         return [given.get(at) if need else None for at, need in zip(group.sources, needed, strict=True)]
 
 
@@ -356,8 +362,13 @@ class Published:
     ) -> None:
         self.graph, self.values, self.components, self.sources = graph, values, components, sources
         self._groups = groups
-        self._alone: dict[int, Group] = {}
+        # Threads may be the first to read at once; and there must be one node.
+        self._lock = threading.Lock()
         self._outputs: dict[Group, tuple[Values, tuple[Tensor, ...]]] = {}
+
+    def after_fork(self) -> None:
+        """In a forked child: the thread that held the lock does not exist here."""
+        self._lock = threading.Lock()
 
     def trains(self, number: int) -> bool:
         """Whether a forward under the present grad mode needs gradients for this component."""
@@ -376,27 +387,23 @@ class Published:
 
     def groups(self) -> list[Group]:
         """All groups that train."""
-        return list(dict.fromkeys(map(self.group, self._groups)))
+        return list(dict.fromkeys(self._groups.values()))
 
     def group(self, number: int) -> Group:
-        """The group of a component that trains. Hooks of a latent must not hear of losses that do not reach it: it is alone."""
-        group = self._groups[number]
-        if number in self._alone or (
-            len(group.components) > 1 and any([self.sources[at]._backward_hooks for at in group.sources])
-        ):
-            if number not in self._alone:
-                self._alone |= {n: Group({n: part}, frees=group.frees) for n, part in group.components.items()}
-            return self._alone[number]
-        return group
+        """The group of a component that trains."""
+        return self._groups[number]
 
     def outputs(self, group: Group) -> tuple[Values, tuple[Tensor, ...]]:
         """The values of one group, and the same behind their ``Refresh`` node, in the order of the group."""
         outputs = self._outputs.get(group)
-        if outputs is None:
-            held = Values({at: self.values[at] for at in group.values})
-            refreshed = Refresh.apply(self.graph, held, group, *(self.sources[at] for at in group.sources))
-            outputs = self._outputs[group] = (held, refreshed)
-        return outputs
+        if outputs is not None:
+            return outputs
+        with self._lock:
+            if group not in self._outputs:
+                held = Values({at: self.values[at] for at in group.values})
+                refreshed = Refresh.apply(self.graph, held, group, *(self.sources[at] for at in group.sources))
+                self._outputs[group] = (held, refreshed)
+            return self._outputs[group]
 
 
 @dataclass(frozen=True)

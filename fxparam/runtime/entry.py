@@ -13,7 +13,7 @@ Grad mode is not part of it: in training the private graph is built under ``no_g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter, is_
 from typing import Any
@@ -26,6 +26,16 @@ from fxparam.runtime.deferral import Block
 from fxparam.runtime.plan import Plan
 
 version_of, requires_grad_of = attrgetter("_version"), attrgetter("requires_grad")
+
+
+def version(tensor: Tensor) -> int:
+    """The version of a tensor; -1 for inference tensors, which have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """The version of each tensor."""
+    return list(map(version, tensors))
 
 
 @dataclass(eq=False)
@@ -44,7 +54,8 @@ class Entry:
     weight_versions: list[int]
     # Keeps the storages: a freed one could be reused at the same address.
     storages: list[Any] = field(default_factory=list)
-    received: set[int] = field(default_factory=set)
+    # By id; shared with the entries of other autocast states.
+    received: dict[int, Tensor] = field(default_factory=dict)
 
     def is_current(self, modes: tuple[object, ...], steps: int) -> bool:
         """Whether nothing changed since the refresh that the weights depend on.
@@ -68,14 +79,21 @@ class Entry:
                 and self._gradients_kept()
             )
         except (KeyError, RuntimeError):
-            # A source was taken away, or became an inference tensor, which has no version.
+            # A source was taken away, or is an inference tensor, which has no version: nobody knows whether it was written.
             return False
+
+    def written(self) -> list[str]:
+        """The names of the values that somebody wrote to. One that is a view of a latent is none: the latent was written."""
+        pairs = zip(self.plan.values, self.published.values, self.weight_versions, strict=True)
+        found = [(name, value) for name, value, then in pairs if version(value) != then]
+        latents = {storage.data_ptr() for storage in self.storages} if found else set()
+        return [name for name, value in found if value.untyped_storage().data_ptr() not in latents]
 
     def _gradients_kept(self) -> bool:
         # In the middle of a backward (a checkpoint that computes again) gradients are still on their way.
         if not self.received or torch._C._current_graph_task_id() != -1:
             return True
-        return not any(self.sources[at].grad is None and self.sources[at].is_leaf for at in self.received)
+        return not any(source.grad is None and source.is_leaf for source in self.received.values())
 
 
 class Frame:
@@ -83,14 +101,24 @@ class Frame:
 
     def __init__(self, entry: Entry, block: Block | None) -> None:
         self.entry, self.block = entry, block
+        # For a forward that switches autocast, or writes to what it reads: frames of later entries, by modes.
+        self.others: dict[object, Frame] = {}
         self._leases: dict[int, Leased] = {}
         self._detached: dict[int, Mapping[int, Tensor]] = {}
 
     def read(self, name: str) -> Tensor | None:
-        """The weight (or hoisted value) with this name, leased for this forward. None: somebody wrote to it."""
-        number, at = self.entry.plan.component_of[name]
-        value = (self._leased if self.entry.published.trains(number) else self._without_gradient)(number)[at]
-        return value if value._version == self.entry.weight_versions[at] else None
+        """The weight (or hoisted value) with this name, leased for this forward. None: it, or what it is computed from, was
+        written since the evaluation.
+        """
+        entry = self.entry
+        number, at = entry.plan.component_of[name]
+        value = (self._leased if entry.published.trains(number) else self._without_gradient)(number)[at]
+        if version(value) != entry.weight_versions[at]:
+            return None
+        for source in entry.plan.components[number].sources:
+            if version(entry.sources[source]) != entry.versions[source]:
+                return None
+        return value
 
     def _without_gradient(self, number: int) -> Mapping[int, Tensor]:
         values = self._detached.get(number)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from fxparam.errors import ImageError, SpecError, TraceError
 from fxparam.program import Site
 from fxparam.runtime.checkpoints import Checkpoints
+from fxparam.runtime.replicas import ReplicaRuntime
 from fxparam.runtime.report import Report, make_report
 from fxparam.runtime.runtime import Runtime, Stats
 from fxparam.spec.resolve import nearest
@@ -375,6 +376,16 @@ class ParametrizedModule(nn.Module):
         return (name for site in self.sites for name in site.names)
 
     # --- copies
+
+    def _replicate_for_data_parallel(self) -> ParametrizedModule:
+        """A copy for one forward; its children and tensors are put into it afterwards, through its attributes."""
+        live = self._fxp_live._replicate_for_data_parallel()
+        replica = type(self).__new__(type(self))
+        runtime = ReplicaRuntime(live, self.sites, self.stats)
+        replica.__dict__.update(self.__dict__)
+        replica.__dict__.update(_fxp_live=live, _fxp_runtime=runtime, _fxp_inline=runtime.inline, _fxp_compiled=None)
+        replica.__dict__.update({registry: live.__dict__[registry] for registry in _SHARED})
+        return replica
 
     def __copy__(self) -> ParametrizedModule:
         # A shallow copy shares the live tree, and so it must share the runtime that the tree is bound to.

@@ -5,7 +5,7 @@ Everything that a trace bakes in is part of the kind; a runtime keeps one plan f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -18,6 +18,7 @@ from fxparam.pipeline import training_pipeline
 from fxparam.program import Fragment, Program, Record, Site, run
 from fxparam.program.line import CONSTANTS, HOISTED
 from fxparam.runtime.bridge import Component, Group
+from fxparam.runtime.evaluation import Compiler, Evaluation
 from fxparam.spec.names import named_tensors, split
 from fxparam.tracer.delivery import Inline, WeightReader, binding_of
 from fxparam.tracer.looking import present_values
@@ -45,6 +46,8 @@ class Plan:
         volatile: homes of the sites that draw random numbers and are computed at each read.
         watch: the options of the maps, which the prologue has baked in.
         asked: the registered tensors whose kind the body's code asked for, and what it was.
+        evaluation: what runs the prologue.
+        repeatable: the components that may be computed again at any time without any effect.
     """
 
     program: Program
@@ -60,6 +63,8 @@ class Plan:
     volatile: frozenset[str]
     watch: Watch
     asked: tuple[tuple[dict[str, Any], str, tuple[Any, ...]], ...]
+    evaluation: Evaluation
+    repeatable: tuple[int, ...]
     # Found out at the first refresh of its kind (what trains, autocast), and the same at every other.
     groups: dict[object, Mapping[int, Group]] = field(default_factory=dict)
 
@@ -87,6 +92,8 @@ def make_plan(
     reader: WeightReader,
     inline: Inline,
     tracer: SiteTracer,
+    recompute: frozenset[str] = frozenset(),
+    compiler: Compiler | None = None,
 ) -> Plan:
     """Trace, transform and compile.
 
@@ -98,6 +105,8 @@ def make_plan(
         reader: what hoisted values are asked of when the body runs.
         inline: where they are instead while a compiler runs it.
         tracer: traces the sites.
+        recompute: names of weights that keep nothing for their backward, where that is possible.
+        compiler: compiles the prologue; None: it runs as it is.
     """
     fragments, weights = _fragments(root, sites, tracer)
     volatile = frozenset(home for home, fragment in fragments.items() if fragment.volatile)
@@ -128,7 +137,9 @@ def make_plan(
             Program(empty, tensors, opaque, steady, trail=_notes(fragments)),
             training_pipeline(fragments, weights, model=False),
         )
-    return _compile(root, program, traced, why_live, volatile, opaque, reader, inline)
+    effects = {home for home, fragment in fragments.items() if fragment.stateful}
+    body = None if program.body is None or traced is None else traced
+    return _compile(root, program, body, why_live, volatile, opaque, effects, reader, inline, recompute, compiler)
 
 
 def _fragments(root: nn.Module, sites: Sequence[Site], tracer: SiteTracer) -> tuple[dict[str, Fragment], dict[str, Tensor]]:
@@ -166,8 +177,11 @@ def _compile(
     why_live: str,
     volatile: frozenset[str],
     opaque: Mapping[str, nn.Module],
+    effects: Collection[str],
     reader: WeightReader,
     inline: Inline,
+    recompute: frozenset[str],
+    compiler: Compiler | None,
 ) -> Plan:
     assert program.prologue is not None
     constants = {name: tensor for name, tensor in program.tensors.items() if name.startswith(f"{CONSTANTS}.")}
@@ -182,6 +196,7 @@ def _compile(
         for name, aliases in zip(site.names, site.aliases, strict=True):
             component_of |= dict.fromkeys(aliases, component_of[name])
     asked = traced.asked if traced is not None else {}
+    fleeting = {component_of[site.names[0]][0] for site in program.sites if site.home in effects}
     maps = [module for site in program.sites for module in _module(root, site.home).modules()]
     return Plan(
         program=program,
@@ -191,8 +206,8 @@ def _compile(
         values=program.values,
         components=components,
         component_of=component_of,
-        body=None if program.body is None else _body_module(root, program, constants, traced, reader, inline),
-        traced=traced if program.body is not None else None,
+        body=None if traced is None else _body_module(root, program, constants, traced, reader, inline),
+        traced=traced,
         why_live=why_live,
         volatile=volatile,
         watch=Watch(
@@ -201,7 +216,24 @@ def _compile(
             functions=[f for f in map(_forward_of, maps) if f is not None],
         ),
         asked=tuple((*_slot(root, name, program.tensors), kind) for name, kind in asked.items() if name in program.tensors),
+        evaluation=_evaluation(program, prologue, components, component_of, opaque, recompute, compiler),
+        repeatable=tuple(number for number in range(len(components)) if number not in fleeting),
     )
+
+
+def _evaluation(
+    program: Program,
+    prologue: fx.GraphModule,
+    components: Sequence[Component],
+    component_of: Mapping[str, tuple[int, int]],
+    opaque: Collection[str],
+    recompute: frozenset[str],
+    compiler: Compiler | None,
+) -> Evaluation:
+    """What runs the prologue; parts that no trace shows may draw or write something and are computed once."""
+    hidden = {component_of[site.names[0]][0] for site in program.sites if site.home in opaque}
+    wanted = {number for name, (number, _) in component_of.items() if name in recompute}
+    return Evaluation(prologue, components, wanted - hidden, compiler)
 
 
 def _components(program: Program) -> tuple[Component, ...]:
@@ -234,12 +266,12 @@ def _body_module(
     root: nn.Module,
     program: Program,
     constants: Mapping[str, Tensor],
-    traced: TracedBody | None,
+    traced: TracedBody,
     reader: WeightReader,
     inline: Inline,
 ) -> fx.GraphModule:
     """The body as a module that shares the live modules: weights arrive through the properties of their owners."""
-    assert program.body is not None and traced is not None
+    assert program.body is not None
     body = fx.GraphModule(nn.Module(), fx.Graph(), type(root).__name__)
     hoisted = frozenset(local for path, local in map(split, program.values) if path == HOISTED)
     body._modules = {**root._modules, HOISTED: _Reader(reader, inline, HOISTED, hoisted)}

@@ -8,22 +8,23 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fxparam.errors import DeferralError, StaleWeightsError
 from fxparam.program import Site
 from fxparam.runtime import steps
+from fxparam.runtime.alarms import Alarms
 from fxparam.runtime.bridge import PrivateGraph, Published, grouped, private_aliases
 from fxparam.runtime.deferral import Block, refuse_sharded, refuse_shards
-from fxparam.runtime.entry import Entry, Frame, InlineFrame, requires_grad_of, version_of
+from fxparam.runtime.entry import Entry, Frame, InlineFrame, requires_grad_of, versions_of
+from fxparam.runtime.evaluation import Compiler
+from fxparam.runtime.modes import autocast_state, in_functorch, under_a_transform, undisturbed, without_autocast
 from fxparam.runtime.plan import Plan, make_plan
 from fxparam.spec.names import first_names
 from fxparam.tracer.delivery import Inline, binding_of
@@ -62,13 +63,26 @@ class Runtime:
         sites: its sites, each after those it reads.
         trace: whether the body is to be a graph where that is exact.
         why_live: if not, why.
+        recompute: names of weights that keep nothing for their backward and are computed again in it.
     """
 
-    def __init__(self, root: nn.Module, sites: Sequence[Site], *, trace: bool, why_live: str = "") -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        sites: Sequence[Site],
+        *,
+        trace: bool,
+        why_live: str = "",
+        recompute: frozenset[str] = frozenset(),
+    ) -> None:
         self.root, self.sites = root, tuple(sites)
         self.trace, self.why_live = trace, why_live
+        self.recompute = recompute
         self.stats = Stats()
         self.inline = Inline()
+        self.reached: set[str] = set()
+        self._alarms = Alarms(self.sites)
+        self._compiler: Compiler | None = None
         self._site_of = {alias: site for site in self.sites for aliases in site.aliases for alias in aliases}
         self._modules: tuple[SiteModule, ...] = tuple(root.get_submodule(site.home) for site in self.sites)  # type: ignore[misc]
         self._maps = [module for site in self._modules for module in site.modules()]
@@ -85,6 +99,8 @@ class Runtime:
             binding = binding_of(module)
             if binding is not None:
                 binding.bind(self, self.inline)
+        for home in self._modules:
+            home.link.bind(self)
         self._random: frozenset[str] = frozenset()
         self._flat: tuple[list[nn.Module], list[dict[str, Any]]] | None = None
         self._parameters: tuple[tuple[dict[str, Any], str], ...] = ()
@@ -107,37 +123,47 @@ class Runtime:
 
     def read_weight(self, name: str) -> Tensor:
         """The weight (or hoisted value) with this dotted name; several reads within one forward share one evaluation."""
-        frame: Frame | InlineFrame | None = getattr(self._local, "frame", None)
-        if frame is None or (isinstance(frame, Frame) and (frame.entry.modes != self._modes() or _in_functorch())):
-            frame = self._frame()
+        outer: Frame | InlineFrame | None = getattr(self._local, "frame", None)
+        frame = self._frame() if outer is None else self._fitting(outer) if isinstance(outer, Frame) else outer
         if isinstance(frame, InlineFrame):
-            if frame.level != torch._C._functorch.maybe_current_level():
-                # What is computed inside of a transform of the forward's own is dead after it.
-                return self._compute(name)[name]
-            mode = (torch.is_grad_enabled(), self._modes())
-            values = frame.values.setdefault(mode, {})
-            if name not in values:
-                values |= self._compute(name)
-            return values[name]
+            return self._read_inline(frame, name)
         if name not in frame.entry.plan.component_of:
             # Random, and drawn anew at each read.
             return self._compute(name)[name]
         value = frame.read(name)
-        if value is not None:
-            return value
-        # Written in place since the beginning of this forward.
-        frame = self._frame()
-        if getattr(self._local, "frame", None) is not None:
-            self._local.frame = frame
-        return self.read_weight(name)
+        if value is None:
+            # The weight, or a latent behind it, was written since: in the middle of a forward, perhaps.
+            renewed = self._frame()
+            if isinstance(outer, Frame) and isinstance(renewed, Frame):
+                outer.others[renewed.entry.modes] = renewed
+            value = renewed.read(name) if isinstance(renewed, Frame) else self._read_inline(renewed, name)
+        return value if value is not None else self._compute(name)[name]
+
+    def _fitting(self, frame: Frame) -> Frame | InlineFrame:
+        """What to read of in the middle of a forward: autocast may have been switched since its beginning, or a step taken."""
+        if in_functorch():
+            return self._frame()
+        modes = self._modes()
+        fitting = frame.others.get(modes, frame)
+        if fitting.entry.modes == modes and fitting.entry.steps == self._steps:
+            return fitting
+        other = self._frame()
+        if isinstance(other, Frame):
+            frame.others[modes] = other
+        return other
+
+    def _read_inline(self, frame: InlineFrame, name: str) -> Tensor:
+        if frame.level != torch._C._functorch.maybe_current_level():
+            # What is computed inside of a transform of the forward's own is dead after it.
+            return self._compute(name)[name]
+        values = frame.values.setdefault((torch.is_grad_enabled(), self._modes()), {})
+        if name not in values:
+            values |= self._compute(name)
+        return values[name]
 
     def _compute(self, name: str) -> dict[str, Tensor]:
-        """The weights of one site by all their names, computed now as ``torch.nn.utils.parametrize`` does."""
-        site = self._site_of[name]
-        module: SiteModule = self.root.get_submodule(site.home)  # type: ignore[assignment]
-        value = module(*(self.tensor(read) for read in site.reads))
-        values = value if isinstance(value, tuple) else (value,)
-        return {alias: one for aliases, one in zip(site.aliases, values, strict=True) for alias in aliases}
+        """The weights of the site of this one by all their names, computed now as ``torch.nn.utils.parametrize`` does."""
+        return compute_site(self.root, self._site_of[name], self.tensor)
 
     def read_all(self, plan: Plan) -> dict[str, Tensor]:
         """All weights and hoisted values of the current forward, by name."""
@@ -179,7 +205,7 @@ class Runtime:
                 raise ValueError(f"got a tensor of shape {tuple(value.shape)} for {name}, expected {tuple(target.shape)}")
             new = (*values[:position], value.to(target), *values[position + 1 :])
             module.set_latents(module.right_inverse(new if len(new) > 1 else new[0], project=project))
-        self._entries = {}
+        self.drop_entries()
 
     # --- the cache
 
@@ -205,16 +231,17 @@ class Runtime:
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
         self.present_sites()
-        with (
-            torch.inference_mode(False),
-            _disable_current_modes(),
-            _without_saved_tensor_hooks(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext(),
-        ):
-            tracer = SiteTracer(first_names(self.root))
+        with undisturbed(graph=torch.is_grad_enabled()), without_autocast():
             plan = make_plan(
-                self.root, self.sites, trace=self.trace, why_live=self.why_live, reader=self, inline=self.inline, tracer=tracer
+                self.root,
+                self.sites,
+                trace=self.trace,
+                why_live=self.why_live,
+                reader=self,
+                inline=self.inline,
+                tracer=SiteTracer(first_names(self.root)),
+                recompute=self.recompute,
+                compiler=self._compiler,
             )
         self._random = plan.volatile
         self._parameters = tuple((registry, name) for registry, name in plan.slots if isinstance(registry[name], nn.Parameter))
@@ -231,6 +258,7 @@ class Runtime:
             self.sites, self._modules = tuple(site for site, _ in there), tuple(module for _, module in there)
             self._maps = [module for site in self._modules for module in site.modules()]
             self._site_of = {alias: site for site in self.sites for aliases in site.aliases for alias in aliases}
+            self._alarms = Alarms(self.sites)
             self.invalidate()
         return self.sites
 
@@ -241,25 +269,33 @@ class Runtime:
 
     def drop_entries(self) -> None:
         """Compute the weights anew at the next read."""
-        self._entries = {}
+        entries, self._entries = self._entries, {}
+        for entry in entries.values():
+            self._alarms.lost_writes(entry.written())
 
-    def after_step(self, held: frozenset[int]) -> bool:
-        """An optimizer stepped; see ``fxparam.runtime.steps``."""
-        touched = any(not held.isdisjoint(map(id, entry.sources)) for entry in self._entries.values())
-        if touched:
+    def compile_prologue(self, compiler: Compiler) -> None:
+        """Evaluate prologues through ``compiler`` from now on."""
+        self._compiler = compiler
+        self.invalidate()
+
+    def known(self, held: frozenset[int]) -> frozenset[int]:
+        """Which of these ids are of parameters of the model or of tensors behind its weights."""
+        own = {id(source) for entry in self._entries.values() for source in entry.sources}
+        return held & (own | set(map(id, self.root.parameters())))
+
+    def after_step(self, held: frozenset[int], *, unknown: bool) -> None:
+        """An optimizer stepped; see ``fxparam.runtime.steps``. Unknown tensors may be flat or master copies of ours."""
+        if unknown or any(not held.isdisjoint(map(id, entry.sources)) for entry in self._entries.values()):
             self._steps += 1
-        return touched or not held.isdisjoint(map(id, self.root.parameters()))
-
-    def unknown_step(self) -> None:
-        """An optimizer of tensors nobody here knows stepped: they may be flat or master copies of ours."""
-        self._steps += 1
 
     def after_fork(self) -> None:
         """In a forked child: another thread may have held the lock, and it does not exist here."""
         self._lock = threading.RLock()
+        for entry in self._entries.values():
+            entry.published.after_fork()
 
     def _frame(self) -> Frame | InlineFrame:
-        if _under_a_transform():
+        if under_a_transform():
             self.stats.inlined += 1
             return InlineFrame()
         entry = self._entries.get(self._modes())
@@ -276,9 +312,17 @@ class Runtime:
             modes = self._modes()
             entry = self._entries.get(modes)
             if entry is None or not entry.is_current(self._modes(), self._steps):
-                entry = self._refresh()
+                if entry is not None:
+                    self._alarms.lost_writes(entry.written())
                 # Weights swapped in for evaluation by a write nobody sees: only the change of mode tells.
-                kept = {key: other for key, other in self._entries.items() if other.modes[-1] == modes[-1]}
+                kept = {
+                    key: other
+                    for key, other in self._entries.items()
+                    if other.modes[-1] == modes[-1] and other.is_current(other.modes, self._steps)
+                }
+                entry = self._refresh(
+                    next(iter(kept.values())).received if kept else {}, stepped=entry is not None and entry.steps != self._steps
+                )
                 self._entries = {**kept, modes: entry}
             return Frame(entry, self._block())
 
@@ -321,9 +365,7 @@ class Runtime:
             )
 
     def _modes(self) -> tuple[object, ...]:
-        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        gpu = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        return (autocast, gpu, self.root.training)
+        return (*autocast_state(), self.root.training)
 
     def _kind(self) -> object:
         """Everything that traces bake in and that changes back and forth: modes of modules, kinds of tensors."""
@@ -338,99 +380,95 @@ class Runtime:
         flags = tuple(module.training for module in modules)
         return (self.trace, torch.get_default_dtype(), flags, tuple((t.shape, t.dtype, t.device) for t in tensors))
 
-    def _refresh(self) -> Entry:
+    def _refresh(self, received: dict[int, Tensor], *, stepped: bool) -> Entry:
+        """A new entry.
+
+        Args:
+            received: the sources that had a gradient from the other entries in use, which this one shares.
+            stepped: whether an optimizer step is what made it necessary.
+        """
         refuse_shards(tensor for module in self._maps for tensor in module._parameters.values() if tensor is not None)
         plan = self.plan
         sources = [registry[name] for registry, name in plan.slots]
         refuse_shards(sources)
         training = self.root.training or any(module.training for module in self._modules)
         graph = any(map(requires_grad_of, sources)) and (torch.is_grad_enabled() or training)
-        received: set[int] = set()
-        stats = self.stats
+        stats, reached = self.stats, self.reached
 
         # Neither the runtime nor the entry: autograd nodes hold this, and the garbage collector cannot see through them.
-        def on_backward(components: int, positions: Sequence[int]) -> None:
+        def on_backward(components: int, values: Sequence[int], given: Sequence[Tensor], at: Sequence[int]) -> None:
             stats.backwards += components
-            received.update(positions)
+            # At the end of the pass: until then gradients are on their way, and a forward of another thread must not miss them.
+            arrived = dict(zip(map(id, given), given, strict=True))
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: received.update(arrived))
+            reached.update([plan.values[one] for one in values], [plan.sources[one] for one in at])
 
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(graph),
-            _disable_current_modes(),
-            _without_saved_tensor_hooks(),
-        ):
-            aliases, edges = private_aliases(sources, graph=graph)
-            values = plan.prologue(*aliases)
+        values, edges = self._evaluate(plan, sources, graph=graph, look=not stepped)
         # A map with a state may have put new buffers in the place of those it read.
         sources = [registry[name] for registry, name in plan.slots]
-        self.stats.refreshes += 1
         modes, trainable = self._modes(), list(map(requires_grad_of, sources))
         kind = (graph, modes, *trainable)
         if kind not in plan.groups:
             plan.groups[kind] = grouped(plan.components, values)
-        private = PrivateGraph(edges, sources, on_backward)
         return Entry(
             plan=plan,
-            published=Published(private, values, plan.components, plan.groups[kind], sources),
+            published=Published(PrivateGraph(edges, sources, on_backward), values, plan.components, plan.groups[kind], sources),
             sources=sources,
             modes=modes,
             steps=self._steps,
             graph=graph,
             addresses=list(map(Tensor.data_ptr, sources)),
-            versions=list(map(version_of, sources)),
+            versions=versions_of(sources),
             trainable=trainable,
-            weight_versions=list(map(version_of, values)),
+            weight_versions=versions_of(values),
             storages=[source.untyped_storage() for source in sources],
             received=received,
         )
 
+    def _evaluate(self, plan: Plan, sources: Sequence[Tensor], *, graph: bool, look: bool) -> Any:
+        """Run the prologue; returns its values and the gradient edges of the sources' private aliases."""
+        self.stats.refreshes += 1
+        with undisturbed(graph=graph):
+            aliases, edges = private_aliases(sources, graph=graph)
+            try:
+                values = plan.evaluation(aliases)
+            except Exception as error:
+                if explained := self._alarms.explain(error, plan.sources, sources):
+                    raise explained from error
+                raise
+            self._alarms.look(plan.sources, sources, evaluations=self.stats.refreshes, always=look or self._checking)
+        return values, edges
+
     def _recompute_and_compare(self, entry: Entry) -> None:
-        """``FXPARAM_CHECK=1``: what the cache hands out must be what the latents give now."""
-        if any("module" in node.op for node in entry.plan.prologue.graph.nodes):
-            return
-        with torch.no_grad(), _disable_current_modes():
-            now = entry.plan.prologue(*(registry[name].detach() for registry, name in entry.plan.slots))
-        for name, old, new in zip(entry.plan.values, entry.published.values, now, strict=True):
-            if not torch.equal(old.detach().nan_to_num(), new.nan_to_num()):
+        """``FXPARAM_CHECK=1``: what the cache hands out must be what the latents give now, where computing it has no effect."""
+        plan = entry.plan
+        part = plan.evaluation.part(plan.repeatable)
+        with undisturbed(graph=False):
+            sources = [registry[name].detach() for registry, name in plan.slots]
+            now = part.module(*(sources[at] for at in part.sources))
+        for at, new in zip(part.values, now, strict=True):
+            if not torch.equal(entry.published.values[at].detach().nan_to_num(), new.nan_to_num()):
                 raise StaleWeightsError(
-                    f"{name} was cached, and its latents give another value now: they were written in a way that moves neither "
-                    "version nor storage (p.data.add_, a numpy view); call model.invalidate() after such a write"
+                    f"{plan.values[at]} was cached, and its latents give another value now: they were written in a way that "
+                    "moves neither version nor storage (p.data.add_, a numpy view); call model.invalidate() after such a write"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a runtime is rebuilt, not copied")
 
 
-def _under_a_transform() -> bool:
-    """Whether compilation, functorch, or fake, functional or proxy tensors are about: nothing of these may enter the cache."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-        return True
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    names = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode")
-    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    return any(type(mode).__name__ in names for mode in modes)
+def compute_site(root: nn.Module, site: Site, tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The weights of one site by all their names, computed in place.
 
-
-def _without_saved_tensor_hooks() -> AbstractContextManager[Any]:
-    """Hide the user's saved-tensor hooks (checkpoint, offloading) from the private graph; keep autograd's version check."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-        return nullcontext()
-    return saved_tensors_hooks(_pack, _unpack)
-
-
-def _pack(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor.detach(), -1 if tensor.is_inference() else tensor._version
-
-
-def _unpack(packed: tuple[Tensor, int]) -> Tensor:
-    tensor, version = packed
-    if version >= 0 and tensor._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: a latent was "
-            f"written between forward and backward (is at version {tensor._version}; expected version {version} instead)"
-        )
-    return tensor
+    Args:
+        root: the live module tree.
+        site: the site.
+        tensor: yields what the site reads, by name.
+    """
+    module: SiteModule = root.get_submodule(site.home)  # type: ignore[assignment]
+    value = module(*map(tensor, site.reads))
+    values = value if isinstance(value, tuple) else (value,)
+    return {alias: one for aliases, one in zip(site.aliases, values, strict=True) for alias in aliases}
 
 
 def _submodule(root: nn.Module, name: str) -> nn.Module | None:
@@ -438,7 +476,3 @@ def _submodule(root: nn.Module, name: str) -> nn.Module | None:
         return root.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _in_functorch() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None

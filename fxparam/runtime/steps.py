@@ -16,14 +16,14 @@ class Stepped(Protocol):
     def before_step(self, held: frozenset[int]) -> None:
         """An optimizer is about to step that holds the tensors with these ids. May raise, and so stop it."""
 
-    def after_step(self, held: frozenset[int]) -> bool:
-        """An optimizer stepped that holds the tensors with these ids. Returns whether any of them is a source here."""
+    def known(self, held: frozenset[int]) -> frozenset[int]:
+        """Which of these ids belong to tensors of this listener."""
+
+    def after_step(self, held: frozenset[int], *, unknown: bool) -> None:
+        """An optimizer stepped that holds the tensors with these ids; some of which, perhaps, nobody here knows."""
 
     def after_fork(self) -> None:
         """This process is a forked child."""
-
-    def unknown_step(self) -> None:
-        """An optimizer stepped whose tensors are no source of any runtime: flat or master copies, perhaps."""
 
 
 _LISTENERS: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -37,6 +37,8 @@ def listen(listener: Stepped) -> None:
 
 
 _HANDLES: list[Any] = []
+_STRANGERS: weakref.WeakKeyDictionary[Optimizer, tuple[Any, bool]] = weakref.WeakKeyDictionary()
+"""Whether an optimizer holds tensors that no listener knows."""
 
 
 def _installed() -> None:
@@ -65,6 +67,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = _held(optimizer)
     listeners = list(_LISTENERS)
-    if not any([listener.after_step(held) for listener in listeners]):
-        for listener in listeners:
-            listener.unknown_step()
+    # Looked up once for each optimizer, as long as nothing about it changes: it holds its tensors.
+    about = (held, frozenset(map(id, listeners)))
+    if _STRANGERS.get(optimizer, (None, False))[0] != about:
+        _STRANGERS[optimizer] = (about, bool(held.difference(*(listener.known(held) for listener in listeners))))
+    for listener in listeners:
+        listener.after_step(held, unknown=_STRANGERS[optimizer][1])

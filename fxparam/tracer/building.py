@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxparam.catalogue.joint import JointEntry
-from fxparam.declaration import Custom, Declaration, Entry, Existing, Ref
+from fxparam.declaration import Custom, Declaration, Entry, Existing, Ref, check_resample
 from fxparam.errors import ImageError, SpecError
 from fxparam.spec.resolve import Task
 from fxparam.tracer.adoption import Adopted
@@ -82,7 +82,10 @@ def build_site(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> 
 def adopted_site(adopted: Adopted) -> SiteModule:
     """The site of a weight that was computed already: its maps and latents as they are."""
     latents = adopted.originals if len(adopted.originals) > 1 else adopted.originals[0]
-    return SiteModule(adopted.steps, latents, is_buffer=adopted.is_buffer)
+    try:
+        return SiteModule(adopted.steps, latents, is_buffer=adopted.is_buffer)
+    except SpecError as error:
+        raise SpecError(f"{adopted.tensor_name} of {type(adopted.owner).__name__}: {error}") from error
 
 
 def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tuple[SiteModule, str]:
@@ -101,19 +104,37 @@ def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tupl
         else:
             module, start = _step(step, start, given, task.joint)
         steps.insert(0, module)
+    resample = [_resampling(step, module) for step, module in zip(rest, steps, strict=True)]
     is_buffer = all(row.is_buffer for row in task.rows)
     if isinstance(first, Ref):
-        site = SiteModule(steps, None, n_weights=len(weights))
+        site = SiteModule(steps, None, n_weights=len(weights), resample=resample)
         notes: tuple[str, ...] = (f"computed from {', '.join(first.targets)}",)
     elif isinstance(first, Existing) and adopted is not None:
         inner = adopted_site(adopted)
-        site = SiteModule([*inner, *steps], inner.latents if len(inner.latents) > 1 else inner.latents[0], is_buffer=is_buffer)
+        latents = inner.latents if len(inner.latents) > 1 else inner.latents[0]
+        site = SiteModule([*inner, *steps], latents, is_buffer=is_buffer, resample=[*inner.resample, *resample])
         notes = ("latents as they were",)
     else:
         trainable = any(row.tensor.requires_grad for row in task.rows)
-        site = SiteModule(steps, _as_latents(start.value, trainable, is_buffer), n_weights=len(weights), is_buffer=is_buffer)
+        site = SiteModule(
+            steps,
+            _as_latents(start.value, trainable, is_buffer),
+            n_weights=len(weights),
+            is_buffer=is_buffer,
+            resample=resample,
+        )
         notes = start.notes
     return site, _check(site, reads, target, notes)
+
+
+def _resampling(step: Declaration, module: nn.Module) -> str | None:
+    """What a rule says about how often a map of it draws random numbers; None: nothing."""
+    if isinstance(step, Custom) and step.resample is not None:
+        return step.resample
+    own = getattr(module, "resample", None)
+    if isinstance(own, str):
+        check_resample(type(module).__name__, own)
+    return None
 
 
 def _init_of(steps: Sequence[Declaration]) -> Any:

@@ -6,6 +6,7 @@ original's weights but computes its own, as ``torch.nn.utils.parametrize`` would
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import weakref
 from collections.abc import Iterator
@@ -18,10 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from fxparam.errors import FxparamError, SpecError
+from fxparam.spec.names import PARAMETRIZATIONS
 from fxparam.tracer.site import SiteModule, Sites
 
 BINDING = "_fxparam_binding"
 """The attribute under which an owner keeps its binding."""
+
+
+_DELETED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], str, Any]] = weakref.WeakKeyDictionary()
+"""The parameter that was last deleted from an owner, and the names of all before."""
 
 
 class WeightReader(Protocol):
@@ -172,6 +178,8 @@ def owner_class(base: Any, names: tuple[str, ...]) -> Any:
         body["flatten_parameters"] = lambda self: None
     body |= {
         "__setattr__": _set_attribute(base, frozenset(names)),
+        "__delattr__": _delete_attribute(base),
+        "_replicate_for_data_parallel": _replicate(base),
         "__reduce_ex__": _reduce(base, names),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -201,6 +209,15 @@ def _set_attribute(base: type[nn.Module], names: frozenset[str]) -> Any:
                 raise SpecError(f"cannot assign {type(value).__name__} to the computed weight {name}; expected a tensor")
             # nn.Module would register a Parameter beside the property.
             self.__dict__[BINDING].write(self, name, value.detach())
+        elif name == PARAMETRIZATIONS and isinstance(value, nn.ModuleDict):
+            self.__class__ = next(cls for cls in type(self).__mro__ if cls.__dict__.get("__setattr__") is __setattr__)
+            _put_back(self)
+            raise SpecError(
+                f"torch.nn.utils.parametrize cannot register on this {base.__name__}: fxparam computes its "
+                f"{', '.join(sorted(names))}. Register before the transform, or give all rules to one "
+                "fxp.transform(model, spec); to start anew take fxp.restore(model). The tensor is registered as before; if the "
+                "map has a right inverse, PyTorch has written that into it"
+            )
         elif name == "_flat_weights" and isinstance(getattr(type(self), name, None), property):
             # RNNs rebuild the list after moving; theirs is computed on reading.
             pass
@@ -208,6 +225,35 @@ def _set_attribute(base: type[nn.Module], names: frozenset[str]) -> Any:
             base.__setattr__(self, name, value)
 
     return __setattr__
+
+
+def _delete_attribute(base: type[nn.Module]) -> Any:
+    def __delattr__(self: nn.Module, name: str) -> None:
+        if name in self._parameters:
+            _DELETED[self] = (tuple(self._parameters), name, weakref.ref(self._parameters[name]))
+        base.__delattr__(self, name)
+
+    return __delattr__
+
+
+def _replicate(base: type[nn.Module]) -> Any:
+    def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+        replica = base._replicate_for_data_parallel(self)
+        # The latents of a replica are its own: it must not read the weights of the model.
+        replica.__dict__[BINDING] = copy.deepcopy(self.__dict__[BINDING])
+        return replica
+
+    return _replicate_for_data_parallel
+
+
+def _put_back(module: nn.Module) -> None:
+    """Undo the last deletion of a parameter: registering a parametrization deletes first, and is refused then."""
+    order, name, reference = _DELETED.pop(module, ((), "", None))
+    parameter = None if reference is None else reference()
+    if parameter is not None:
+        kept = {**module._parameters, name: parameter}
+        module._parameters.clear()
+        module._parameters.update({key: kept[key] for key in order})
 
 
 def _reduce(base: type[nn.Module], names: tuple[str, ...]) -> Any:

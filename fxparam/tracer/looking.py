@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fxparam.tracer.hazards import preserved_generators
 from fxparam.tracer.site import SiteModule
+
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_pre_hooks,
+    torch_module._global_backward_hooks,
+)
 
 
 @dataclass
@@ -47,7 +55,7 @@ def looking(module: nn.Module, *, evaluate: bool = False) -> Iterator[Look]:
     look = Look()
     used: list[bool] = []
     try:
-        with preserved_generators() as used:
+        with preserved_generators() as used, _without_global_hooks():
             yield look
     finally:
         look.drew = any(used)
@@ -59,6 +67,19 @@ def looking(module: nn.Module, *, evaluate: bool = False) -> Iterator[Look]:
             m._buffers.update(buffers)
             for container, then in contents:
                 _put_back(container, then)
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Hooks for all modules (profilers, counters of operations) do not see what is run only to look at it."""
+    saved = [(hooks, hooks.copy()) for hooks in _GLOBAL_HOOKS]
+    for hooks in _GLOBAL_HOOKS:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, then in saved:
+            hooks.update(then)
 
 
 @torch.no_grad()

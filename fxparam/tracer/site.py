@@ -7,12 +7,14 @@ checkpoints go both ways.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fxparam.declaration import RESAMPLING
 from fxparam.errors import ImageError, SpecError
 
 
@@ -32,6 +34,36 @@ class Sites(nn.Module):
         return len(self._modules)
 
 
+class Cache(Protocol):
+    """What keeps weights that a site computed: the runtime."""
+
+    def drop_entries(self) -> None:
+        """Let go of what was computed."""
+
+
+class Link:
+    """The way from a site to the cache of its weights; a copy of the site has none until a runtime takes it over."""
+
+    def __init__(self) -> None:
+        self._cache: weakref.ref[Cache] | None = None
+
+    def bind(self, cache: Cache) -> None:
+        """From now on ``cache`` keeps the weights."""
+        self._cache = weakref.ref(cache)
+
+    def drop(self) -> None:
+        """Drop what the cache holds: it has edges to the latents, and PyTorch refuses to swap tensors that have any."""
+        cache = None if self._cache is None else self._cache()
+        if cache is not None:
+            cache.drop_entries()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
+        return Link()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Link, ())
+
+
 class SiteModule(nn.ModuleList):
     """Latents and the chain of maps from them to the weights of one site.
 
@@ -40,6 +72,10 @@ class SiteModule(nn.ModuleList):
         latents: a tensor, a tuple of tensors, or None where the weights are computed from other weights.
         n_weights: how many weights the chain yields; above one it yields a tuple.
         is_buffer: whether the latents are buffers instead of parameters.
+        resample: for each map, what its rule says about how often it draws random numbers; None: what the map says.
+
+    Raises:
+        SpecError: one map is to draw per call, and another per step.
     """
 
     def __init__(
@@ -49,12 +85,16 @@ class SiteModule(nn.ModuleList):
         *,
         n_weights: int = 1,
         is_buffer: bool = False,
+        resample: Sequence[str | None] = (),
     ) -> None:
         super().__init__(steps)
         self.n_weights = n_weights
+        self.resample = tuple(resample) or (None,) * len(self)
+        self._check_resampling()
         named = _named_latents(latents)
         self.latent_names = tuple(named)
         self.computed_latents: tuple[str, ...] = ()
+        self.link = Link()
         for name, tensor in named.items():
             if is_buffer:
                 self.register_buffer(name, tensor)
@@ -69,6 +109,19 @@ class SiteModule(nn.ModuleList):
 
     def __len__(self) -> int:
         return sum(name.isdigit() for name in self._modules)
+
+    @property
+    def resamples_per_step(self) -> bool:
+        """Whether the random numbers of all its maps are drawn once per step, for one of them says so."""
+        return "step" in map(_resampling, self, self.resample)
+
+    def _check_resampling(self) -> None:
+        named = {_resampling(step, given): type(step).__name__ for step, given in zip(self, self.resample, strict=True)}
+        if "call" in named and "step" in named:
+            raise SpecError(
+                f"{named['call']} draws random numbers per call and {named['step']} per step, for one weight; give both the "
+                'same resample="call" or "step"'
+            )
 
     @property
     def latents(self) -> tuple[Tensor, ...]:
@@ -92,6 +145,14 @@ class SiteModule(nn.ModuleList):
         for step in steps[1:]:
             value = step(value)
         return tuple(value) if isinstance(value, list) else value
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SiteModule:
+        self.link.drop()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.link.drop()
+        super()._load_from_state_dict(*args)
 
     def right_inverse(self, weight: Tensor | tuple[Tensor, ...], *, project: bool = False) -> tuple[Tensor, ...]:
         """Latents that yield ``weight``, through the chain backwards.
@@ -137,6 +198,13 @@ def invert(step: Any, weight: Tensor | tuple[Tensor, ...], *, project: bool) -> 
         weight = step.project(weight)
     inverse = step.right_inverse(weight)
     return tuple(inverse) if isinstance(inverse, list) else inverse
+
+
+def _resampling(step: nn.Module, given: str | None) -> str | None:
+    """How often a map is to draw random numbers: as its rule says, else as its own attribute says. None: nobody says."""
+    said = given or getattr(step, "resample", None)
+    # Maps of other libraries may have an attribute of that name for something else.
+    return said if isinstance(said, str) and said in RESAMPLING else None
 
 
 def _named_latents(latents: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:

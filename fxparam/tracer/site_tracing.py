@@ -2,15 +2,20 @@
 
 Shapes, dtypes, devices and options are baked into the graph, so a plan of a runtime is for these only. A site that cannot be
 traced faithfully becomes a single ``call_module``, with the reason: it writes its buffers, applies an autograd Function,
-switches grad mode, has hooks, or its graph gives other values or gradients than it does itself, which is checked for each.
+switches grad mode, has hooks, draws random numbers once per step, or its graph gives other values or gradients than it does
+itself, which is checked for each.
 """
 
 from __future__ import annotations
 
 import logging
+import random
+import sys
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,9 +26,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxparam.program.effects import effect_of
 from fxparam.program.program import Fragment
 from fxparam.spec.names import join
-from fxparam.tracer.hazards import Hazard, no_autograd_functions, nodes_behind
+from fxparam.tracer.hazards import (
+    Hazard,
+    generator_states,
+    no_autograd_functions,
+    nodes_behind,
+    preserved_generators,
+    python_random_states,
+)
 from fxparam.tracer.looking import looking
-from fxparam.tracer.site import SiteModule
+from fxparam.tracer.site import Link, SiteModule
 
 _MODE_SWITCHES = (
     "_set_grad_enabled",
@@ -44,6 +56,17 @@ class _Probe:
     draws: bool
 
 
+@dataclass(frozen=True, eq=False)
+class _Traced:
+    """What a fragment consists of, for any site with the same maps."""
+
+    graph: fx.Graph
+    opaque: str | None = None
+    volatile: bool = False
+    stateful: bool = False
+    captured: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class SiteTracer:
     """Traces the sites of one model, equal ones once.
 
@@ -53,7 +76,7 @@ class SiteTracer:
 
     def __init__(self, names: Mapping[int, str]) -> None:
         self.names = names
-        self._shared: dict[Hashable, tuple[fx.Graph, str | None, bool, dict[str, Tensor]]] = {}
+        self._shared: dict[Hashable, _Traced] = {}
 
     def trace(self, site: SiteModule, home: str, reads: Mapping[str, Tensor]) -> Fragment:
         """The fragment of a site.
@@ -67,15 +90,59 @@ class SiteTracer:
         inputs = (*(self.names.get(id(tensor), join(home, name)) for name, tensor in local.items()), *reads)
         key = _key(site, local, reads)
         if key is not None and key in self._shared:
-            graph, opaque, volatile, captured = self._shared[key]
+            traced = self._shared[key]
         else:
-            graph, opaque, volatile, captured = _trace(site, local, tuple(reads.values()))
-            if key is not None and opaque is None:
-                self._shared[key] = (graph, opaque, volatile, captured)
-        if opaque is not None:
-            graph = _call(home, len(inputs), site.n_weights)
-        named = {f"{home}.{name}": tensor for name, tensor in captured.items()}
-        return Fragment(graph, (*inputs, *named), opaque, volatile, named)
+            traced = _trace(site, local, tuple(reads.values()))
+            if key is not None and traced.opaque is None:
+                self._shared[key] = traced
+        named = {f"{home}.{name}": tensor for name, tensor in traced.captured.items()}
+        return Fragment(
+            graph=traced.graph if traced.opaque is None else _call(home, len(inputs), site.n_weights),
+            inputs=(*inputs, *named),
+            opaque=traced.opaque,
+            volatile=traced.volatile,
+            stateful=traced.stateful,
+            captured=named,
+        )
+
+
+_drawing_again: ContextVar[bool] = ContextVar("fxparam_drawing_again", default=False)
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Inside the block, what draws once per step draws what it drew last, and every generator stays as it is.
+
+    For a second evaluation within one step, such as that for another autocast state.
+    """
+    token = _drawing_again.set(True)
+    try:
+        yield
+    finally:
+        _drawing_again.reset(token)
+
+
+class _Generators:
+    """The states of all default generators now: PyTorch's, Python's and, if it is loaded, NumPy's."""
+
+    def __init__(self) -> None:
+        self.torch, self.others = generator_states(), python_random_states()
+        self.python = random.getstate()
+        self.numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Generators) or self.others != other.others or len(self.torch) != len(other.torch):
+            return False
+        return all(map(torch.equal, self.torch, other.torch))
+
+    def put_back(self) -> None:
+        """Make these the present states."""
+        torch.set_rng_state(self.torch[0])
+        for device, state in enumerate(self.torch[1:]):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
 
 
 class OpaqueSite(nn.Module):
@@ -87,7 +154,23 @@ class OpaqueSite(nn.Module):
 
     def __init__(self, site: SiteModule) -> None:
         super().__init__()
-        self.__dict__["site"] = site
+        # The generators before and after the last draw, of a site that draws once per step.
+        self.__dict__.update(site=site, draw=None)
+
+    @property
+    def draws_per_step(self) -> bool:
+        """Whether it draws random numbers, once per step."""
+        return bool(self.__dict__["site"].resamples_per_step)
+
+    def replay(self) -> None:
+        """Move the generators on, if they are as they were before the last draw.
+
+        A checkpointed forward that is run again, with the generators of its beginning, must find those of the first time after
+        each read of a weight, also where the first time drew and this one need not.
+        """
+        draw = self.__dict__["draw"]
+        if draw is not None and _Generators() == draw[0]:
+            draw[1].put_back()
 
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The weights for these parameters, (ignored) buffers and reads, in the order of the fragment's inputs."""
@@ -95,42 +178,65 @@ class OpaqueSite(nn.Module):
         parameters = dict(site.named_parameters())
         skipped = len(parameters) + sum(1 for _ in site.buffers())
         reads = tensors[skipped:]
+        swapped = dict(zip(parameters, tensors, strict=False))
         if all(own is given for own, given in zip(parameters.values(), tensors, strict=False)):
-            return site(*reads)
-        return functional_call(site, dict(zip(parameters, tensors, strict=False)), reads)
+            swapped = {}
+
+        def run() -> Tensor | tuple[Tensor, ...]:
+            return functional_call(site, swapped, reads) if swapped else site(*reads)
+
+        return self._remembering(run) if self.draws_per_step and not torch.compiler.is_compiling() else run()
+
+    def _remembering(self, run: Callable[[], Any]) -> Any:
+        draw = self.__dict__["draw"]
+        if draw is not None and _drawing_again.get():
+            with preserved_generators():
+                draw[0].put_back()
+                return run()
+        before = _Generators()
+        result = run()
+        self.__dict__["draw"] = (before, _Generators())
+        return result
 
 
-def _trace(
-    site: SiteModule, local: Mapping[str, Tensor], reads: Sequence[Tensor]
-) -> tuple[fx.Graph, str | None, bool, dict[str, Tensor]]:
-    """(graph, reason to stay opaque, whether it draws random numbers, captured tensors)."""
+def _trace(site: SiteModule, local: Mapping[str, Tensor], reads: Sequence[Tensor]) -> _Traced:
     tensors = [_leaf(tensor) for tensor in (*local.values(), *reads)]
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
         result = functional_call(site, dict(zip(local, flat, strict=False)), tuple(flat[len(local) :]))
         return result if isinstance(result, tuple) else (result,)
 
-    if reason := _hooks(site):
-        return fx.Graph(), reason, _probe(site, local, run, tensors).draws, {}
     probe = _probe(site, local, run, tensors)
-    if probe.draws:
-        return fx.Graph(), "draws random numbers", True, {}
-    if name := _own_backward(probe.weights):
-        return fx.Graph(), f"torch.autograd.Function {name} has a backward of its own, which a trace loses", False, {}
-    if probe.writes:
-        return fx.Graph(), f"writes {probe.writes} in this mode", False, {}
+    opaque = _Traced(
+        fx.Graph(), _obstacle(site, probe), probe.draws and not site.resamples_per_step, probe.draws or bool(probe.writes)
+    )
+    if opaque.opaque:
+        return opaque
+    # Numbers that it draws from a generator of its own are not seen: its values differ, and that may be why.
+    opaque = replace(opaque, stateful=site.resamples_per_step)
     try:
         with looking(site), torch.enable_grad(), no_autograd_functions(), _quiet():
             module = make_fx(run, pre_dispatch=True, tracing_mode="real")(*tensors)
     except Hazard as hazard:
-        return fx.Graph(), str(hazard), False, {}
+        return replace(opaque, opaque=str(hazard))
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return fx.Graph(), f"tracing it raised {type(error).__name__}: {first}", False, {}
+        return replace(opaque, opaque=f"tracing it raised {type(error).__name__}: {first}")
     if reason := _unfaithful(module, tensors, probe):
-        return fx.Graph(), reason, False, {}
+        return replace(opaque, opaque=reason)
     graph, captured = _without_captures(module)
-    return graph, None, False, captured
+    return _Traced(graph, captured=captured)
+
+
+def _obstacle(site: SiteModule, probe: _Probe) -> str | None:
+    """The reason why this site cannot be a graph, as far as running it tells."""
+    if reason := _hooks(site):
+        return reason
+    if probe.draws:
+        return "draws random numbers, once per step" if site.resamples_per_step else "draws random numbers"
+    if name := _own_backward(probe.weights):
+        return f"torch.autograd.Function {name} has a backward of its own, which a trace loses"
+    return f"writes {probe.writes} in this mode" if probe.writes else None
 
 
 def _probe(site: SiteModule, local: Mapping[str, Tensor], run: Any, tensors: Sequence[Tensor]) -> _Probe:
@@ -177,7 +283,7 @@ def _unfaithful(module: fx.GraphModule, tensors: Sequence[Tensor], probe: _Probe
         if effect_of(node).writes:
             return "writes in place inside"
     with torch.enable_grad():
-        weights = module(*tensors)
+        weights = module.forward(*tensors)
     if not all(map(_close, weights, probe.weights)):
         return "its graph gives other values"
     gradients = _gradients(weights, tensors)
@@ -190,6 +296,8 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if a.is_meta:
+        return b.is_meta
     if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
     eps = torch.finfo(a.dtype).eps
@@ -260,6 +368,8 @@ def describe(module: nn.Module) -> Hashable | None:
     """The type and options of a module as a hashable value, or None where an attribute cannot be compared."""
     parts: list[Any] = [type(module)]
     for name, value in module.__dict__.items():
+        if isinstance(value, Link):
+            continue
         if name in ("_parameters", "_buffers", "_modules"):
             parts.append((name, tuple(value)))
         elif isinstance(value, str | int | float | bool | type(None) | torch.dtype | tuple | set):

@@ -29,7 +29,7 @@ class Case:
         exact: whether the right inverse gives the weight back bit for bit.
         invertible: whether there is a right inverse at all.
         growth: by how much rounding may grow with latents of size 1000.
-        nodes: how many operations a trace may have.
+        nodes: how many operations a trace may have; 0: none, for the weight is a latent.
     """
 
     entry: Entry
@@ -242,5 +242,10 @@ CASES = [
     Case(cat.Transpose(0, -1), (2, 3, 4), lambda _, x: torch.einsum("ijk->kji", x), latents=((4, 3, 2),), exact=True),
     Case(cat.Subspace(3), (4, 5), _subspace, _bump, latents=((3,),), nodes=8),
     Case(cat.Subspace(2, seed=5), (7,), _subspace, _bump, latents=((2,),), nodes=8),
+    # In eval mode, as all cases: what they do in training is random, and in test_noise.py.
+    Case(cat.Noise(std=0.5), (4, 3), lambda _, x: x, exact=True, nodes=0),
+    Case(cat.Noise(std=0.5, relative=True, resample="step"), (2, 3, 2), lambda _, x: x, exact=True, nodes=0),
+    Case(cat.Variational(), (4, 3), lambda _, mean, rho: mean, latents=((4, 3), (4, 3)), exact=True, nodes=0),
+    Case(cat.Variational(0.2, "call"), (5,), lambda _, mean, rho: mean, latents=((5,), (5,)), exact=True, nodes=0),
     Case(cat.Flat(), (2, 3, 2), lambda _, v: v.reshape(2, 3, 2), latents=((12,),), exact=True, nodes=3),
 ]

@@ -29,6 +29,7 @@ def test_the_names() -> None:
         "flat",
         "low_rank",
         "mask",
+        "noise",
         "orthogonal",
         "positive",
         "positive_definite",
@@ -39,6 +40,7 @@ def test_the_names() -> None:
         "symmetric",
         "transpose",
         "unit_norm",
+        "variational",
         "weight_norm",
     ]
     for name, entry in ENTRIES.items():
@@ -143,6 +145,14 @@ BAD_OPTIONS: list[tuple[Callable[[], Entry], str]] = [
     (lambda: cat.LowRank(0), r"low_rank: got rank=0; expected an integer of at least 1"),
     (lambda: cat.LowRank(1.5), r"low_rank: got rank=1.5; expected an integer"),  # type: ignore[arg-type]
     (lambda: cat.Transpose(dim0=0.0), r"transpose: got dim0=0.0; expected an integer"),  # type: ignore[arg-type]
+    (lambda: cat.Noise(std=-0.1), r"noise: got std=-0.1; expected a number of at least 0"),
+    (lambda: cat.Noise(std=math.inf), r"noise: got std=inf; expected a finite number"),
+    (lambda: cat.Noise(relative=1), r"noise: got relative=1; expected True or False"),  # type: ignore[arg-type]
+    (lambda: cat.Noise(resample="epoch"), r"noise: got resample='epoch'; expected one of 'call', 'step'"),
+    (lambda: cat.Noise(resample=None), r"noise: got resample=None; expected one of 'call', 'step'"),  # type: ignore[arg-type]
+    (lambda: cat.Variational(init_std=0), r"variational: got init_std=0; expected a number above 0"),
+    (lambda: cat.Variational(init_std="a"), r"variational: got init_std='a'; expected a finite"),  # type: ignore[arg-type]
+    (lambda: cat.Variational(resample="steps"), r"variational: got resample='steps'; expected one of 'call', 'step'"),
     (lambda: cat.Subspace(0), r"subspace: got dim=0; expected an integer of at least 1"),
     (lambda: cat.Subspace(3, projection="fast"), r"subspace: got projection='fast'; expected one of 'dense'"),
 ]
@@ -178,6 +188,13 @@ def test_bad_options_are_refused_when_given(make: Callable[[], Entry], text: str
         (cat.LowRank(1), torch.ones(3), r"low_rank: got a weight of shape \(3,\); expected a matrix"),
         (cat.Transpose(), torch.ones(3), r"transpose: got dim0=-2 for a weight of shape \(3,\); expected -1 <= dim0 < 1"),
         (cat.Subspace(13), MATRIX, r"subspace: got dim=13 for 12 elements; expected 1 <= dim <= 12"),
+        (cat.Noise(), torch.ones(3) * 1j, r"noise: got a weight of dtype torch.complex64; expected a floating"),
+        (
+            cat.Variational(),
+            torch.ones(3, dtype=torch.int8),
+            r"variational: got a weight of dtype torch.int8; expected a float",
+        ),
+        (cat.Variational(1e5), torch.ones(3).half(), r"got init_std=100000.0, too large for a weight of dtype torch.float16"),
         (cat.Flat(), torch.ones(3, dtype=torch.bool), r"flat: got a weight of dtype torch.bool; expected a floating"),
     ],
     ids=lambda value: repr(value) if isinstance(value, Entry) else "",

@@ -27,7 +27,7 @@ def as_tuple(latents: Any) -> tuple[Tensor, ...]:
 def gradients(value: Tensor, latents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gradients of a fixed random functional of a weight."""
     direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(value.dtype)
-    return torch.autograd.grad((value * direction).sum(), latents)
+    return torch.autograd.grad((value * direction).sum(), latents, allow_unused=True, materialize_grads=True)
 
 
 def close(got: Tensor, expected: Tensor, factor: float = 1.0) -> None:
@@ -179,7 +179,7 @@ def test_trace_equals_eager_in_value_and_gradient(case: Case) -> None:
     module, latents = case.build(), case.draw()
     graph = make_fx(module, pre_dispatch=True)(*latents)
     operations = [node for node in graph.graph.nodes if node.op == "call_function"]
-    assert 0 < len(operations) <= case.nodes, graph.code
+    assert min(1, case.nodes) <= len(operations) <= case.nodes, graph.code
     other = case.draw(seed=8)
     value, expected = graph(*other), module(*other)
     assert torch.equal(value, expected)

@@ -359,8 +359,10 @@ def test_write_to_a_delivered_weight_is_undone_at_the_next_forward() -> None:
     x = torch.randn(4, 5)
     with torch.no_grad():
         model.first.weight.zero_()
-        model.weights()["second.weight"].fill_(7.0)
-    same(model(x), oracle(x))
+        with pytest.warns(RuntimeWarning, match=r"first\.weight was written in place, and the write does not last"):
+            model.weights()["second.weight"].fill_(7.0)
+    with pytest.warns(RuntimeWarning, match=r"second\.weight was written in place"):
+        same(model(x), oracle(x))
 
 
 def test_assignment_through_the_property() -> None:
