@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from fxparam.program import Site
 from fxparam.runtime.module import ParametrizedModule
 from fxparam.runtime.optimizers import repoint, watch_replaced
 from fxparam.spec.names import PARAMETRIZATIONS, NamedTensor, join, named_tensors, split
-from fxparam.spec.resolve import Task, home_of, latent_owner, resolve
+from fxparam.spec.resolve import Task, home_of, latent_owner, nearest, resolve
 from fxparam.spec.spec import Spec
 from fxparam.tracer.adoption import LEGACY_SCHEMES, Adopted
 from fxparam.tracer.building import adopted_site, build_site
@@ -36,6 +37,7 @@ def transform(
     copy: bool = False,
     optimizer: Optimizer | None = None,
     trace: str = "auto",
+    recompute: bool | str | Sequence[str] = False,
 ) -> ParametrizedModule:
     """Compute the declared weights of a model once per optimizer step.
 
@@ -49,6 +51,9 @@ def transform(
         optimizer: an optimizer of the given model's parameters, pointed at the latents instead.
         trace: ``"auto"``: a graph of the body where symbolic tracing is exact, else live Python; ``"live"``: never a graph;
             ``"symbolic"``: a graph, or an error that says why not.
+        recompute: weights that keep nothing for their backward between forward and backward, and are computed again in it:
+            all (True), or those whose name fits a glob or one of several. For maps that keep many times the size of the
+            weight (iterations); costs one more evaluation per backward. What has a state or draws random numbers is kept.
 
     Raises:
         SpecError: the spec does not fit the model.
@@ -82,6 +87,7 @@ def transform(
         why_live='transform(..., trace="live") asked for it' if trace == "live" else "",
         legacy=builder.legacy,
         example_inputs=example_inputs,
+        recompute=_recomputed(recompute, sites),
     )
     if trace == "symbolic":
         _ = result.graph
@@ -90,6 +96,24 @@ def transform(
         repoint(optimizer, replaced)
     watch_replaced(result, replaced)
     return result
+
+
+def _recomputed(patterns: bool | str | Sequence[str], sites: Sequence[Site]) -> frozenset[str]:
+    """The names of the computed weights that fit ``recompute``.
+
+    Raises:
+        SpecError: a pattern fits none.
+    """
+    names = [name for site in sites for aliases in site.aliases for name in aliases]
+    if isinstance(patterns, bool):
+        return frozenset(names if patterns else ())
+    found: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        fitting = fnmatch.filter(names, pattern)
+        if not fitting:
+            raise SpecError(f"recompute={pattern!r} fits no computed weight; {nearest(pattern, names)}")
+        found.update(fitting)
+    return frozenset(found)
 
 
 class _Builder:

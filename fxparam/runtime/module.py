@@ -52,11 +52,12 @@ class ParametrizedModule(nn.Module):
         why_live: str,
         legacy: Mapping[str, str],
         example_inputs: tuple[Any, ...] | None,
+        recompute: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         state = self.__dict__
         state["_fxp_live"], state["_fxp_sites"] = live, tuple(sites)
-        state["_fxp_options"] = {"trace": trace, "why_live": why_live, "legacy": dict(legacy)}
+        state["_fxp_options"] = {"trace": trace, "why_live": why_live, "legacy": dict(legacy), "recompute": recompute}
         state["_fxp_example_inputs"] = example_inputs
         self._attach()
 
@@ -67,7 +68,13 @@ class ParametrizedModule(nn.Module):
             state[registry] = live.__dict__[registry]
         state["training"] = live.training
         options = state["_fxp_options"]
-        state["_fxp_runtime"] = Runtime(live, state["_fxp_sites"], trace=options["trace"], why_live=options["why_live"])
+        state["_fxp_runtime"] = Runtime(
+            live,
+            state["_fxp_sites"],
+            trace=options["trace"],
+            why_live=options["why_live"],
+            recompute=options["recompute"],
+        )
         state["_fxp_inline"], state["_fxp_compiled"] = state["_fxp_runtime"].inline, None
         state["_fxp_checkpoints"] = Checkpoints(live, self._fxp_sites, options["legacy"])
 
@@ -91,16 +98,19 @@ class ParametrizedModule(nn.Module):
         finally:
             inline.values = None
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, *args: Any, prologue: bool = False, **kwargs: Any) -> None:
         """Compile the body; weights stay cached and are computed once per optimizer step. The way to compile a model.
 
         ``torch.compile(model)`` computes the weights inside its graph instead, at each forward.
 
         Args:
             *args: as for ``torch.compile``.
+            prologue: compile the computation of the weights as well, apart from the body. Pays where it consists of many small
+                operations; PyTorch has no second derivatives of compiled functions.
             **kwargs: as for ``torch.compile``.
         """
         self.__dict__["_fxp_compiled"] = torch.compile(self._with_values, *args, **kwargs)
+        self._fxp_runtime.compile_prologue((lambda module: torch.compile(module, *args, **kwargs)) if prologue else None)
 
     def defer_backward(self) -> AbstractContextManager[None]:
         """Inside the block, backward stops at the weights; leaving it sends the sum of all gradients through the prologue.
@@ -270,7 +280,9 @@ class ParametrizedModule(nn.Module):
     @property
     def report(self) -> Report:
         """What was done, what was refused and why; printable."""
-        return make_report(self._fxp_live, self.sites, self._fxp_runtime.plan, self._fxp_runtime.stats)
+        return make_report(
+            self._fxp_live, self.sites, self._fxp_runtime.plan, self._fxp_runtime.stats, self._fxp_runtime.reached
+        )
 
     @property
     def stats(self) -> Stats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ class SiteRow:
         reason: why it is not a graph.
         kept: bytes of its latents.
         nodes: operations in the prologue.
+        recomputed: whether its backward computes it again, and nothing is kept for that.
+        reached: whether a backward has brought a gradient to it; None before the first backward, and where nothing trains.
     """
 
     weights: tuple[str, ...]
@@ -38,6 +41,18 @@ class SiteRow:
     reason: str
     kept: int
     nodes: int
+    recomputed: bool
+    reached: bool | None
+
+    @property
+    def notes(self) -> str:
+        """What is worth saying about the row."""
+        notes = [self.layer if not self.reason else f"{self.layer} ({self.reason})"]
+        if self.recomputed:
+            notes.append("recomputed in backward")
+        if self.reached is False:
+            notes.append("no loss has reached it")
+        return "; ".join(notes)
 
 
 @dataclass(frozen=True)
@@ -78,8 +93,7 @@ class Report:
         ]
         for row in self.sites:
             names = row.weights[0] + (f" and {len(row.weights) - 1} more" if len(row.weights) > 1 else "")
-            layer = row.layer if not row.reason else f"{row.layer} ({row.reason})"
-            lines.append(f"  {names}: {row.declaration} [{row.origin}]; {row.start}; {layer}")
+            lines.append(f"  {names}: {row.declaration} [{row.origin}]; {row.start}; {row.notes}")
         lines += [f"  hoisted {name}" for name in self.hoisted]
         lines += [f"  {record}" for record in self.refusals]
         return "\n".join(lines)
@@ -95,13 +109,26 @@ class Report:
         table = Table("weight", "declaration", "origin", "start", "layer", title=Text(str(self).split("\n")[0]))
         for row in self.sites:
             names = row.weights[0] + (f" (+{len(row.weights) - 1})" if len(row.weights) > 1 else "")
-            table.add_row(*map(Text, (names, row.declaration, row.origin, row.start, f"{row.layer} {row.reason}".strip())))
+            table.add_row(*map(Text, (names, row.declaration, row.origin, row.start, row.notes)))
         rest = [Text(str(self).split("\n")[1]), *(Text(f"hoisted {name}") for name in self.hoisted)]
         return Group(table, *rest, *(Text(str(record)) for record in self.refusals))
 
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """The weights that no loss has reached, although there has been a backward: forgotten, or left out by the model."""
+        return tuple(name for row in self.sites if row.reached is False for name in row.weights)
 
-def make_report(live: nn.Module, sites: Sequence[Site], plan: Plan, stats: Stats) -> Report:
-    """The report of a model with this plan."""
+
+def make_report(live: nn.Module, sites: Sequence[Site], plan: Plan, stats: Stats, reached: AbstractSet[str]) -> Report:
+    """The report of a model with this plan.
+
+    Args:
+        live: the live module tree.
+        sites: its sites.
+        plan: the present plan.
+        stats: the counts so far.
+        reached: the names of the weights and latents that a backward has brought a gradient to.
+    """
     counts: dict[str, int] = {}
     opaque: set[str] = set()
     for node in plan.prologue.graph.nodes:
@@ -116,9 +143,12 @@ def make_report(live: nn.Module, sites: Sequence[Site], plan: Plan, stats: Stats
         if record.refused
     }
     rows = []
+    any_backward = bool(reached) or any(parameter.grad is not None for parameter in live.parameters())
     for site in sites:
         layer = "per read" if site.home in plan.volatile else "call" if site.home in opaque else "graph"
-        tensors = live.get_submodule(site.home).parameters()
+        tensors = list(live.get_submodule(site.home).parameters())
+        # Compiled into a graph, or drawn at each read: then only the gradients themselves tell.
+        touched = not reached.isdisjoint((*site.names, *site.latents)) or any(t.grad is not None for t in tensors)
         rows.append(
             SiteRow(
                 weights=site.names,
@@ -129,6 +159,8 @@ def make_report(live: nn.Module, sites: Sequence[Site], plan: Plan, stats: Stats
                 reason=reasons.get(site.home, "") if layer != "graph" else "",
                 kept=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
                 nodes=counts.get(site.home, 0),
+                recomputed=any(plan.component_of.get(name, (-1, 0))[0] in plan.evaluation.recomputed for name in site.names),
+                reached=touched if any_backward and any(t.requires_grad for t in tensors) else None,
             )
         )
     body_nodes = (

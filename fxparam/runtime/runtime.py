@@ -273,10 +273,11 @@ class Runtime:
         for entry in entries.values():
             self._alarms.lost_writes(entry.written())
 
-    def compile_prologue(self, compiler: Compiler) -> None:
-        """Evaluate prologues through ``compiler`` from now on."""
-        self._compiler = compiler
-        self.invalidate()
+    def compile_prologue(self, compiler: Compiler | None) -> None:
+        """Evaluate prologues through ``compiler`` from now on; None: as they are."""
+        if compiler is not self._compiler:
+            self._compiler = compiler
+            self.invalidate()
 
     def known(self, held: frozenset[int]) -> frozenset[int]:
         """Which of these ids are of parameters of the model or of tensors behind its weights."""

@@ -177,6 +177,8 @@ def _step(step: Declaration, wanted: Start, init: Any, joint: bool) -> tuple[nn.
 
 def _map(step: Declaration, value: Value, latents: Any, joint: bool) -> tuple[nn.Module, bool]:
     """The module of one step and whether it wraps a plain function."""
+    if isinstance(step, Entry) and isinstance(value, tuple) and not joint:
+        raise SpecError(f"{step!r} comes before a map of {len(value)} latents, which can only be the first of its chain")
     if isinstance(step, JointEntry):
         return (step.build_joint(value) if joint else step.build(value)), False  # type: ignore[arg-type]
     if isinstance(step, Entry):
