@@ -19,20 +19,15 @@ between. A look costs a few microseconds for each latent, and waits for a GPU.
 
 
 class Alarms:
-    """What one runtime has found and warned of.
+    """What one runtime has found and warned of. The methods take the sites of the model as they are now."""
 
-    Args:
-        sites: the sites of the model.
-    """
-
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.sites = sites
+    def __init__(self) -> None:
         self._known: set[str] = set()
 
-    def lost_writes(self, names: Sequence[str]) -> None:
+    def lost_writes(self, sites: Sequence[Site], names: Sequence[str]) -> None:
         """Warn of weights that somebody wrote in place."""
         for name in names:
-            site = next((site for site in self.sites if name in site.names), None)
+            site = next((site for site in sites if name in site.names), None)
             if site is not None:
                 behind = (
                     f"its latents: {', '.join(site.latents)}" if site.latents else f"what it reads: {', '.join(site.reads)}"
@@ -42,44 +37,49 @@ class Alarms:
                     f"Type model.assign({name!r}, value), or write to {behind}"
                 )
 
-    def look(self, names: Sequence[str], sources: Sequence[Tensor], *, evaluations: int, always: bool) -> None:
+    def due(self, evaluations: int) -> bool:
+        """Whether to look although nothing but steps came before this evaluation."""
+        return evaluations <= _EVERY or evaluations % _EVERY == 0
+
+    def look(self, sites: Sequence[Site], names: Sequence[str], sources: Sequence[Tensor]) -> None:
         """Warn of sources that hold NaN or infinity, once until they are finite again.
 
         Args:
-            names: their names.
+            sites: the sites of the model.
+            names: the names of the sources.
             sources: the tensors behind the weights.
-            evaluations: how many there have been.
-            always: whether to look whatever their number.
         """
-        if not always and evaluations > _EVERY and evaluations % _EVERY:
-            return
         if not self._known and _all_finite(sources):
             return
         broken = [name for name, source in zip(names, sources, strict=True) if not _all_finite([source])]
         new, self._known = [name for name in broken if name not in self._known], set(broken)
         for name, source in zip(names, sources, strict=True):
             if name in new:
-                _warn(f"{self._describe(name, source)}; so is what is computed from it")
+                _warn(f"{_describe(sites, name, source)}; so is what is computed from it")
 
-    def explain(self, error: Exception, names: Sequence[str], sources: Sequence[Tensor]) -> NonFiniteError | None:
+    def explain(
+        self, sites: Sequence[Site], error: Exception, names: Sequence[str], sources: Sequence[Tensor]
+    ) -> NonFiniteError | None:
         """The error to raise where an evaluation failed because sources are not finite; None if that is not why.
 
         Args:
+            sites: the sites of the model.
             error: what the evaluation raised.
             names: the names of the sources.
             sources: the tensors behind the weights.
         """
-        broken = [self._describe(n, s) for n, s in zip(names, sources, strict=True) if not _all_finite([s])]
+        broken = [_describe(sites, n, s) for n, s in zip(names, sources, strict=True) if not _all_finite([s])]
         if not broken:
             return None
         return NonFiniteError(f"computing the weights raised {type(error).__name__}: {error}; {'; '.join(broken)}")
 
-    def _describe(self, name: str, source: Tensor) -> str:
-        bad = int((~torch.isfinite(source.detach())).sum())
-        home = name.rpartition(".")[0]
-        site = next((site for site in self.sites if name in site.latents or site.home == home), None)
-        where = f" of {', '.join(site.names[:3])} ({site.declaration})" if site is not None else ""
-        return f"the latent {name}{where} holds NaN or infinity: {bad} of {source.numel()} elements"
+
+def _describe(sites: Sequence[Site], name: str, source: Tensor) -> str:
+    bad = int((~torch.isfinite(source.detach())).sum())
+    home = name.rpartition(".")[0]
+    site = next((site for site in sites if name in site.latents or site.home == home), None)
+    where = f" of {', '.join(site.names[:3])} ({site.declaration})" if site is not None else ""
+    return f"the latent {name}{where} holds NaN or infinity: {bad} of {source.numel()} elements"
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:

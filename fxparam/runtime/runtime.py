@@ -24,15 +24,11 @@ from fxparam.runtime.bridge import PrivateGraph, Published, grouped, private_ali
 from fxparam.runtime.deferral import Block, refuse_sharded, refuse_shards
 from fxparam.runtime.entry import Entry, Frame, InlineFrame, requires_grad_of, versions_of
 from fxparam.runtime.evaluation import Compiler
-from fxparam.runtime.modes import autocast_state, in_functorch, under_a_transform, undisturbed, without_autocast
-from fxparam.runtime.plan import Plan, make_plan
-from fxparam.spec.names import first_names
+from fxparam.runtime.modes import autocast_state, in_functorch, under_a_transform, undisturbed
+from fxparam.runtime.plan import Plan
+from fxparam.runtime.planner import Planner
 from fxparam.tracer.delivery import Inline, binding_of
 from fxparam.tracer.site import SiteModule
-from fxparam.tracer.site_tracing import SiteTracer
-
-_MAX_PLANS = 16
-_MAX_RETRACES = 4
 
 
 @dataclass
@@ -75,22 +71,15 @@ class Runtime:
         why_live: str = "",
         recompute: frozenset[str] = frozenset(),
     ) -> None:
-        self.root, self.sites = root, tuple(sites)
-        self.trace, self.why_live = trace, why_live
-        self.recompute = recompute
+        self.root = root
         self.stats = Stats()
         self.inline = Inline()
         self.reached: set[str] = set()
-        self._alarms = Alarms(self.sites)
-        self._compiler: Compiler | None = None
-        self._site_of = {alias: site for site in self.sites for aliases in site.aliases for alias in aliases}
-        self._modules: tuple[SiteModule, ...] = tuple(root.get_submodule(site.home) for site in self.sites)  # type: ignore[misc]
-        self._maps = [module for site in self._modules for module in site.modules()]
-        self._plans: dict[object, Plan] = {}
+        self._alarms = Alarms()
+        self._planner = Planner(self, self.inline, root, sites, trace=trace, why_live=why_live, recompute=recompute)
         # By autocast state: a forward that switches autocast inside reads two of them.
         self._entries: dict[object, Entry] = {}
         self._steps = 0
-        self._retraces = 0
         self._checking = os.environ.get("FXPARAM_CHECK", "") not in ("", "0")
         self._lock = threading.RLock()
         self._local = threading.local()
@@ -99,11 +88,8 @@ class Runtime:
             binding = binding_of(module)
             if binding is not None:
                 binding.bind(self, self.inline)
-        for home in self._modules:
+        for home in self._planner.homes:
             home.link.bind(self)
-        self._random: frozenset[str] = frozenset()
-        self._flat: tuple[list[nn.Module], list[dict[str, Any]]] | None = None
-        self._parameters: tuple[tuple[dict[str, Any], str], ...] = ()
         # Made now, while the tensors are the model's own: later a forward may run under a transform of PyTorch's.
         _ = self.plan
         steps.listen(self)
@@ -163,7 +149,7 @@ class Runtime:
 
     def _compute(self, name: str) -> dict[str, Tensor]:
         """The weights of the site of this one by all their names, computed now as ``torch.nn.utils.parametrize`` does."""
-        return compute_site(self.root, self._site_of[name], self.tensor)
+        return compute_site(self.root, self._planner.site_of[name], self.tensor)
 
     def read_all(self, plan: Plan) -> dict[str, Tensor]:
         """All weights and hoisted values of the current forward, by name."""
@@ -173,8 +159,8 @@ class Runtime:
     def compute_all(self) -> dict[str, Tensor]:
         """All weights, computed in place: for compilers, which put the computation into their own graph."""
         values: dict[str, Tensor] = {}
-        for site, module in zip(self.sites, self._modules, strict=True):
-            if site.home in self._random and site.is_alone:
+        for site, module in zip(self.sites, self._planner.homes, strict=True):
+            if site.home in self._planner.volatile and site.is_alone:
                 # Drawn anew at each read, by the module that owns it.
                 continue
             result = module(*[values[read] if read in values else self.tensor(read) for read in site.reads])
@@ -184,7 +170,7 @@ class Runtime:
 
     def tensor(self, name: str) -> Tensor:
         """A weight or a registered tensor, by its dotted name."""
-        if name in self._site_of:
+        if name in self._planner.site_of:
             return self.read_weight(name)
         path, _, local = name.rpartition(".")
         return getattr(self.root.get_submodule(path), local)
@@ -195,7 +181,7 @@ class Runtime:
         Raises:
             ImageError: it is not in the image; nothing was changed.
         """
-        site = self._site_of[name]
+        site = self._planner.site_of[name]
         module: SiteModule = self.root.get_submodule(site.home)  # type: ignore[assignment]
         position = next(at for at, aliases in enumerate(site.aliases) if name in aliases)
         with torch.no_grad():
@@ -210,73 +196,36 @@ class Runtime:
     # --- the cache
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of the model, each after those it reads."""
+        return self._planner.sites
+
+    @property
     def plan(self) -> Plan:
         """The plan for the present kind of state."""
-        kind = self._kind()
-        plan = self._plans.get(kind)
-        if plan is None or not plan.holds():
-            self._flat = None
-            kind = self._kind()
-            with self._lock:
-                plan = self._plans[kind] = self._new_plan(plan)
-        return plan
-
-    def _new_plan(self, before: Plan | None) -> Plan:
-        if before is not None and before.traced is not None:
-            # An attribute that a schedule moves all the time is cheaper to read than to bake in.
-            self._retraces += 1
-            if self._retraces > _MAX_RETRACES:
-                change = before.traced.watch.first_change()
-                self.trace, self.why_live = False, f"the attribute {change!r} keeps changing between forwards"
-        if len(self._plans) >= _MAX_PLANS:
-            self._plans.clear()
-        self.present_sites()
-        with undisturbed(graph=torch.is_grad_enabled()), without_autocast():
-            plan = make_plan(
-                self.root,
-                self.sites,
-                trace=self.trace,
-                why_live=self.why_live,
-                reader=self,
-                inline=self.inline,
-                tracer=SiteTracer(first_names(self.root)),
-                recompute=self.recompute,
-                compiler=self._compiler,
-            )
-        self._random = plan.volatile
-        self._parameters = tuple((registry, name) for registry, name in plan.slots if isinstance(registry[name], nn.Parameter))
-        return plan
+        return self._planner.plan
 
     def present_sites(self) -> tuple[Site, ...]:
         """The sites, without those whose owner was replaced by another module of the user's."""
-        there = [
-            (site, module)
-            for site, module in zip(self.sites, self._modules, strict=True)
-            if _submodule(self.root, site.home) is module
-        ]
-        if len(there) < len(self.sites):
-            self.sites, self._modules = tuple(site for site, _ in there), tuple(module for _, module in there)
-            self._maps = [module for site in self._modules for module in site.modules()]
-            self._site_of = {alias: site for site in self.sites for aliases in site.aliases for alias in aliases}
-            self._alarms = Alarms(self.sites)
+        if self._planner.forget_replaced():
             self.invalidate()
         return self.sites
 
     def invalidate(self) -> None:
         """Look at everything anew at the next read: weights, and what traces took for granted."""
-        self._plans.clear()
+        self._planner.clear()
         self.drop_entries()
 
     def drop_entries(self) -> None:
         """Compute the weights anew at the next read."""
         entries, self._entries = self._entries, {}
         for entry in entries.values():
-            self._alarms.lost_writes(entry.written())
+            self._alarms.lost_writes(self.sites, entry.written())
 
     def compile_prologue(self, compiler: Compiler | None) -> None:
         """Evaluate prologues through ``compiler`` from now on; None: as they are."""
-        if compiler is not self._compiler:
-            self._compiler = compiler
+        if compiler is not self._planner.compiler:
+            self._planner.compiler = compiler
             self.invalidate()
 
     def known(self, held: frozenset[int]) -> frozenset[int]:
@@ -292,6 +241,7 @@ class Runtime:
     def after_fork(self) -> None:
         """In a forked child: another thread may have held the lock, and it does not exist here."""
         self._lock = threading.RLock()
+        self._planner.after_fork()
         for entry in self._entries.values():
             entry.published.after_fork()
 
@@ -305,7 +255,7 @@ class Runtime:
             if self._checking:
                 self._recompute_and_compare(entry)
             return Frame(entry, self._block())
-        if any(not isinstance(registry.get(name), nn.Parameter) for registry, name in self._parameters):
+        if any(not isinstance(registry.get(name), nn.Parameter) for registry, name in self._planner.parameters):
             # functional_call and replicas put other tensors in place of the parameters for a while.
             self.stats.inlined += 1
             return InlineFrame()
@@ -314,7 +264,7 @@ class Runtime:
             entry = self._entries.get(modes)
             if entry is None or not entry.is_current(self._modes(), self._steps):
                 if entry is not None:
-                    self._alarms.lost_writes(entry.written())
+                    self._alarms.lost_writes(self.sites, entry.written())
                 # Weights swapped in for evaluation by a write nobody sees: only the change of mode tells.
                 kept = {
                     key: other
@@ -334,7 +284,7 @@ class Runtime:
     @contextmanager
     def defer_backward(self) -> Iterator[None]:
         """See ``fxparam.ParametrizedModule.defer_backward``."""
-        refuse_sharded(tensor for module in self._modules for tensor in module.parameters())
+        refuse_sharded(tensor for module in self._planner.homes for tensor in module.parameters())
         blocks: list[Block] = self._local.__dict__.setdefault("blocks", [])
         block = Block()
         blocks.append(block)
@@ -368,19 +318,6 @@ class Runtime:
     def _modes(self) -> tuple[object, ...]:
         return (*autocast_state(), self.root.training)
 
-    def _kind(self) -> object:
-        """Everything that traces bake in and that changes back and forth: modes of modules, kinds of tensors."""
-        if self._flat is None:
-            modules = list(self.root.modules()) if self.trace else self._maps
-            self._flat = (
-                modules,
-                [registry for module in modules for registry in (module._parameters, module._buffers) if registry],
-            )
-        modules, registries = self._flat
-        tensors = (tensor for registry in registries for tensor in registry.values() if tensor is not None)
-        flags = tuple(module.training for module in modules)
-        return (self.trace, torch.get_default_dtype(), flags, tuple((t.shape, t.dtype, t.device) for t in tensors))
-
     def _refresh(self, received: dict[int, Tensor], *, stepped: bool) -> Entry:
         """A new entry.
 
@@ -388,11 +325,11 @@ class Runtime:
             received: the sources that had a gradient from the other entries in use, which this one shares.
             stepped: whether an optimizer step is what made it necessary.
         """
-        refuse_shards(tensor for module in self._maps for tensor in module._parameters.values() if tensor is not None)
+        refuse_shards(tensor for module in self._planner.maps for tensor in module._parameters.values() if tensor is not None)
         plan = self.plan
         sources = [registry[name] for registry, name in plan.slots]
         refuse_shards(sources)
-        training = self.root.training or any(module.training for module in self._modules)
+        training = self.root.training or any(module.training for module in self._planner.homes)
         graph = any(map(requires_grad_of, sources)) and (torch.is_grad_enabled() or training)
         stats, reached = self.stats, self.reached
 
@@ -434,10 +371,11 @@ class Runtime:
             try:
                 values = plan.evaluation(aliases)
             except Exception as error:
-                if explained := self._alarms.explain(error, plan.sources, sources):
+                if explained := self._alarms.explain(self.sites, error, plan.sources, sources):
                     raise explained from error
                 raise
-            self._alarms.look(plan.sources, sources, evaluations=self.stats.refreshes, always=look or self._checking)
+            if look or self._checking or self._alarms.due(self.stats.refreshes):
+                self._alarms.look(self.sites, plan.sources, sources)
         return values, edges
 
     def _recompute_and_compare(self, entry: Entry) -> None:
@@ -470,10 +408,3 @@ def compute_site(root: nn.Module, site: Site, tensor: Callable[[str], Tensor]) -
     value = module(*map(tensor, site.reads))
     values = value if isinstance(value, tuple) else (value,)
     return {alias: one for aliases, one in zip(site.aliases, values, strict=True) for alias in aliases}
-
-
-def _submodule(root: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return root.get_submodule(name)
-    except AttributeError:
-        return None

@@ -9,12 +9,8 @@ itself, which is checked for each.
 from __future__ import annotations
 
 import logging
-import random
-import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,14 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxparam.program.effects import effect_of
 from fxparam.program.program import Fragment
 from fxparam.spec.names import join
-from fxparam.tracer.hazards import (
-    Hazard,
-    generator_states,
-    no_autograd_functions,
-    nodes_behind,
-    preserved_generators,
-    python_random_states,
-)
+from fxparam.tracer.hazards import Hazard, no_autograd_functions, nodes_behind
 from fxparam.tracer.looking import looking
 from fxparam.tracer.site import Link, SiteModule
 
@@ -106,45 +95,6 @@ class SiteTracer:
         )
 
 
-_drawing_again: ContextVar[bool] = ContextVar("fxparam_drawing_again", default=False)
-
-
-@contextmanager
-def same_draws() -> Iterator[None]:
-    """Inside the block, what draws once per step draws what it drew last, and every generator stays as it is.
-
-    For a second evaluation within one step, such as that for another autocast state.
-    """
-    token = _drawing_again.set(True)
-    try:
-        yield
-    finally:
-        _drawing_again.reset(token)
-
-
-class _Generators:
-    """The states of all default generators now: PyTorch's, Python's and, if it is loaded, NumPy's."""
-
-    def __init__(self) -> None:
-        self.torch, self.others = generator_states(), python_random_states()
-        self.python = random.getstate()
-        self.numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Generators) or self.others != other.others or len(self.torch) != len(other.torch):
-            return False
-        return all(map(torch.equal, self.torch, other.torch))
-
-    def put_back(self) -> None:
-        """Make these the present states."""
-        torch.set_rng_state(self.torch[0])
-        for device, state in enumerate(self.torch[1:]):
-            torch.cuda.set_rng_state(state, device)
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-
-
 class OpaqueSite(nn.Module):
     """A site as one call of the prologue: tensors in, weights out.
 
@@ -154,23 +104,7 @@ class OpaqueSite(nn.Module):
 
     def __init__(self, site: SiteModule) -> None:
         super().__init__()
-        # The generators before and after the last draw, of a site that draws once per step.
-        self.__dict__.update(site=site, draw=None)
-
-    @property
-    def draws_per_step(self) -> bool:
-        """Whether it draws random numbers, once per step."""
-        return bool(self.__dict__["site"].resamples_per_step)
-
-    def replay(self) -> None:
-        """Move the generators on, if they are as they were before the last draw.
-
-        A checkpointed forward that is run again, with the generators of its beginning, must find those of the first time after
-        each read of a weight, also where the first time drew and this one need not.
-        """
-        draw = self.__dict__["draw"]
-        if draw is not None and _Generators() == draw[0]:
-            draw[1].put_back()
+        self.__dict__["site"] = site
 
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The weights for these parameters, (ignored) buffers and reads, in the order of the fragment's inputs."""
@@ -178,25 +112,9 @@ class OpaqueSite(nn.Module):
         parameters = dict(site.named_parameters())
         skipped = len(parameters) + sum(1 for _ in site.buffers())
         reads = tensors[skipped:]
-        swapped = dict(zip(parameters, tensors, strict=False))
         if all(own is given for own, given in zip(parameters.values(), tensors, strict=False)):
-            swapped = {}
-
-        def run() -> Tensor | tuple[Tensor, ...]:
-            return functional_call(site, swapped, reads) if swapped else site(*reads)
-
-        return self._remembering(run) if self.draws_per_step and not torch.compiler.is_compiling() else run()
-
-    def _remembering(self, run: Callable[[], Any]) -> Any:
-        draw = self.__dict__["draw"]
-        if draw is not None and _drawing_again.get():
-            with preserved_generators():
-                draw[0].put_back()
-                return run()
-        before = _Generators()
-        result = run()
-        self.__dict__["draw"] = (before, _Generators())
-        return result
+            return site(*reads)
+        return functional_call(site, dict(zip(parameters, tensors, strict=False)), reads)
 
 
 def _trace(site: SiteModule, local: Mapping[str, Tensor], reads: Sequence[Tensor]) -> _Traced:

@@ -17,45 +17,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from runtime.models import ThreeLayers, three_parametrized_layers
+from runtime.oracles import DTYPE, same
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
 
 import fxparam as fxp
 
 N, WORLD = 4, 2
-DTYPE = torch.float64
 ALL = ("abc",) * 4
 Steps = Callable[[fxp.ParametrizedModule, Any, list[tuple[Tensor, str]]], None]
 
 
-class SkewExp(nn.Module):
-    def forward(self, latent: Tensor) -> Tensor:
-        lower = latent.tril(-1)
-        return torch.matrix_exp(lower - lower.mT)
-
-
-class Net(nn.Module):
-    """Three layers, of which a call uses those in ``path``; the last has a plain weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = (nn.Linear(N, N, dtype=DTYPE) for _ in range(3))
-
-    def forward(self, x: Tensor, path: str = "abc") -> Tensor:
-        for name in path:
-            x = torch.tanh(getattr(self, name)(x))
-        return x
-
-
-def plain() -> Net:
+def plain() -> ThreeLayers:
     torch.manual_seed(0)
-    net = Net()
-    for layer in (net.a, net.b):
-        parametrize.register_parametrization(layer, "weight", SkewExp())
-    return net
+    return three_parametrized_layers(N)
 
 
 class Standardized(nn.Module):
@@ -273,7 +251,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -298,17 +276,13 @@ def reference(paths: tuple[str, ...]) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in oracle.named_parameters()}
 
 
-def check(got: Any, want: Any) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.refused])
 def test_gradients_are_those_of_one_process(name: str, results: list[dict[str, Any]]) -> None:
     case, want = CASES[name], reference(CASES[name].paths)
     for rank in results:
         assert rank[name]["errors"] == []
         for gradients in rank[name]["gradients"]:
-            check(gradients, want)
+            same(gradients, want, 1e-12)
         assert rank[name]["backwards"] == STEPS * case.backwards
     for one, other in zip(results[0][name]["gradients"], results[1][name]["gradients"], strict=True):
         assert all(one[key] is None or torch.equal(one[key], other[key]) for key in one), "the ranks diverge"
@@ -325,7 +299,7 @@ def test_what_ranks_would_add_alone_is_refused(name: str, results: list[dict[str
             assert "its backward must come after all others and inside the block" in text
         if CASES[name].goes_on:
             # The reducer is not left in the middle: the next step is right.
-            check(rank[name]["after"], want)
+            same(rank[name]["after"], want, 1e-12)
 
 
 @pytest.mark.parametrize("name", [*list(SHARDED)[:2], "hoisted"])
@@ -340,7 +314,7 @@ def test_fsdp_trains_like_one_process(name: str, results: list[dict[str, Any]]) 
     for result in results:
         found = result[f"fsdp: {name}"]
         assert found["error"] is None, found["text"]
-        check(found["parameters"], {key: p.detach() for key, p in oracle.named_parameters()})
+        same(found["parameters"], {key: p.detach() for key, p in oracle.named_parameters()}, 1e-12)
         assert found["refreshes"] == STEPS
 
 

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fxparam as fxp
 from fxparam.catalogue.noise import NoiseMap
-from fxparam.tracer.site_tracing import OpaqueSite, SiteTracer, same_draws
+from fxparam.tracer.site import SiteModule
+from fxparam.tracer.site_tracing import SiteTracer
 
 N = 4
 TRACES = pytest.mark.parametrize("trace", ["live", "auto"])
@@ -548,8 +549,6 @@ def test_assigning_sets_the_mean() -> None:
 
 
 def _fragment(*steps: nn.Module, train: bool = True, resample: tuple[str, ...] = ()) -> Any:
-    from fxparam.tracer.site import SiteModule
-
     site = SiteModule(steps, torch.randn(N, N, dtype=torch.float64), resample=resample).train(train)
     return SiteTracer({}).trace(site, "home", {})
 
@@ -624,33 +623,6 @@ def test_checking_does_not_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.get_rng_state()
     same(model.a.weight.detach(), first)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_call_draws_again_what_it_drew() -> None:
-    from fxparam.tracer.site import SiteModule
-
-    latent = torch.randn(N, N, dtype=torch.float64)
-    call = OpaqueSite(SiteModule([PerStep(), PythonNoise()], latent))
-    torch.manual_seed(3)
-    random.seed(3)
-    before = torch.get_rng_state(), random.getstate()
-    (first, after) = call(latent), (torch.get_rng_state(), random.getstate())
-    with same_draws():
-        assert torch.equal(call(latent), first)
-    assert torch.equal(torch.get_rng_state(), after[0]) and random.getstate() == after[1]
-    assert not torch.equal(call(latent), first)
-    # A replay moves the generators where the draw began, and nowhere else.
-    call = OpaqueSite(SiteModule([PerStep(), PythonNoise()], latent))
-    call.replay()
-    torch.set_rng_state(before[0])
-    random.setstate(before[1])
-    assert torch.equal(call(latent), first)
-    torch.set_rng_state(before[0])
-    random.setstate(before[1])
-    call.replay()
-    assert torch.equal(torch.get_rng_state(), after[0]) and random.getstate() == after[1]
-    call.replay()
-    assert torch.equal(torch.get_rng_state(), after[0]) and random.getstate() == after[1]
 
 
 def test_a_schedule_of_the_noise_is_followed() -> None:

@@ -1,0 +1,147 @@
+"""The plan a model runs by: one for each kind of state it has been in, and a new one where what a trace baked in changes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxparam.program import Site
+from fxparam.runtime.evaluation import Compiler
+from fxparam.runtime.modes import undisturbed, without_autocast
+from fxparam.runtime.plan import Plan, make_plan
+from fxparam.spec.names import first_names
+from fxparam.tracer.delivery import Inline, WeightReader
+from fxparam.tracer.site import SiteModule
+from fxparam.tracer.site_tracing import SiteTracer
+
+_MAX_PLANS = 16
+_MAX_RETRACES = 4
+
+
+class Planner:
+    """The plans of one live module tree.
+
+    Args:
+        reader: what bodies ask for weights.
+        inline: where these wait for compilers.
+        root: the live module tree.
+        sites: its sites, each after those it reads.
+        trace: whether the body is to be a graph where that is exact.
+        why_live: if not, why.
+        recompute: names of weights that keep nothing for their backward and are computed again in it.
+
+    Attributes:
+        homes: the modules of the sites.
+        maps: these and all modules in them.
+        site_of: the site of a weight, by each of its names.
+        volatile: the homes of sites that are computed at each read.
+        parameters: where the plan's sources live that are registered parameters.
+        compiler: compiles prologues; None: they run as they are.
+    """
+
+    def __init__(
+        self,
+        reader: WeightReader,
+        inline: Inline,
+        root: nn.Module,
+        sites: Sequence[Site],
+        *,
+        trace: bool,
+        why_live: str,
+        recompute: frozenset[str],
+    ) -> None:
+        self.reader, self.inline, self.root = reader, inline, root
+        self.trace, self.why_live, self.recompute = trace, why_live, recompute
+        self.compiler: Compiler | None = None
+        self.volatile: frozenset[str] = frozenset()
+        self.parameters: tuple[tuple[dict[str, Any], str], ...] = ()
+        self._plans: dict[object, Plan] = {}
+        self._flat: tuple[list[nn.Module], list[dict[str, Any]]] | None = None
+        self._retraces = 0
+        self._lock = threading.RLock()
+        self._take(sites, [root.get_submodule(site.home) for site in sites])  # type: ignore[misc]
+
+    def _take(self, sites: Sequence[Site], homes: Sequence[SiteModule]) -> None:
+        self.sites, self.homes = tuple(sites), tuple(homes)
+        self.maps = [module for home in homes for module in home.modules()]
+        self.site_of = {alias: site for site in sites for aliases in site.aliases for alias in aliases}
+
+    @property
+    def plan(self) -> Plan:
+        """The plan for the present kind of state."""
+        kind = self._kind()
+        plan = self._plans.get(kind)
+        if plan is None or not plan.holds():
+            self._flat = None
+            kind = self._kind()
+            with self._lock:
+                plan = self._plans[kind] = self._made(plan)
+        return plan
+
+    def clear(self) -> None:
+        """Forget what traces took for granted."""
+        self._plans.clear()
+
+    def after_fork(self) -> None:
+        """In a forked child: the thread that held the lock does not exist here."""
+        self._lock = threading.RLock()
+
+    def forget_replaced(self) -> bool:
+        """Forget sites whose owner was replaced by another module of the user's; returns whether there were any."""
+        pairs = zip(self.sites, self.homes, strict=True)
+        there = [(site, home) for site, home in pairs if _submodule(self.root, site.home) is home]
+        if len(there) == len(self.sites):
+            return False
+        self._take([site for site, _ in there], [home for _, home in there])
+        return True
+
+    def _kind(self) -> object:
+        """Everything that traces bake in and that changes back and forth: modes of modules, kinds of tensors."""
+        if self._flat is None:
+            modules = list(self.root.modules()) if self.trace else self.maps
+            self._flat = (
+                modules,
+                [registry for module in modules for registry in (module._parameters, module._buffers) if registry],
+            )
+        modules, registries = self._flat
+        tensors = (tensor for registry in registries for tensor in registry.values() if tensor is not None)
+        flags = tuple(module.training for module in modules)
+        return (self.trace, torch.get_default_dtype(), flags, tuple((t.shape, t.dtype, t.device) for t in tensors))
+
+    def _made(self, before: Plan | None) -> Plan:
+        if before is not None and before.traced is not None:
+            # An attribute that a schedule moves all the time is cheaper to read than to bake in.
+            self._retraces += 1
+            if self._retraces > _MAX_RETRACES:
+                change = before.traced.watch.first_change()
+                self.trace, self.why_live = False, f"the attribute {change!r} keeps changing between forwards"
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.clear()
+        if self.forget_replaced():
+            self._plans.clear()
+        with undisturbed(graph=torch.is_grad_enabled()), without_autocast():
+            plan = make_plan(
+                self.root,
+                self.sites,
+                trace=self.trace,
+                why_live=self.why_live,
+                reader=self.reader,
+                inline=self.inline,
+                tracer=SiteTracer(first_names(self.root)),
+                recompute=self.recompute,
+                compiler=self.compiler,
+            )
+        self.volatile = plan.volatile
+        self.parameters = tuple((registry, name) for registry, name in plan.slots if isinstance(registry[name], nn.Parameter))
+        return plan
+
+
+def _submodule(root: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(name)
+    except AttributeError:
+        return None
