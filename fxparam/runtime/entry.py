@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fxparam.runtime.bridge import Leased, Published
 from fxparam.runtime.deferral import Block
+from fxparam.runtime.draws import Draws
 from fxparam.runtime.plan import Plan
 
 version_of, requires_grad_of = attrgetter("_version"), attrgetter("requires_grad")
@@ -56,6 +57,7 @@ class Entry:
     storages: list[Any] = field(default_factory=list)
     # By id; shared with the entries of other autocast states.
     received: dict[int, Tensor] = field(default_factory=dict)
+    draws: Draws | None = None
 
     def is_current(self, modes: tuple[object, ...], steps: int) -> bool:
         """Whether nothing changed since the refresh that the weights depend on.

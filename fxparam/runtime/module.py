@@ -20,7 +20,8 @@ from fxparam.program import Site
 from fxparam.runtime.checkpoints import Checkpoints
 from fxparam.runtime.replicas import ReplicaRuntime
 from fxparam.runtime.report import Report, make_report
-from fxparam.runtime.runtime import Runtime, Stats
+from fxparam.runtime.runtime import Runtime
+from fxparam.runtime.stats import Stats
 from fxparam.runtime.weights import WeightAccess
 
 _SHARED = (

@@ -48,6 +48,7 @@ class Plan:
         asked: the registered tensors whose kind the body's code asked for, and what it was.
         evaluation: what runs the prologue.
         repeatable: the components that may be computed again at any time without any effect.
+        draws: whether the prologue may draw random numbers.
     """
 
     program: Program
@@ -65,6 +66,7 @@ class Plan:
     asked: tuple[tuple[dict[str, Any], str, tuple[Any, ...]], ...]
     evaluation: Evaluation
     repeatable: tuple[int, ...]
+    draws: bool
     # Found out at the first refresh of its kind (what trains, autocast), and the same at every other.
     groups: dict[object, Mapping[int, Group]] = field(default_factory=dict)
 
@@ -153,7 +155,9 @@ def _fragments(root: nn.Module, sites: Sequence[Site], tracer: SiteTracer) -> tu
         reads = {name: weights[name] if name in weights else tensors[name] for name in site.reads}
         fragment = tracer.trace(module, site.home, reads)
         if not random.isdisjoint(site.reads):
-            fragment = Fragment(fragment.graph, fragment.inputs, fragment.opaque or "reads a random weight", True)
+            fragment = Fragment(
+                fragment.graph, fragment.inputs, fragment.opaque if fragment.volatile else "reads a random weight", True
+            )
         fragments[site.home] = fragment
         if fragment.volatile:
             random.update(site.names)
@@ -217,6 +221,7 @@ def _compile(
         ),
         asked=tuple((*_slot(root, name, program.tensors), kind) for name, kind in asked.items() if name in program.tensors),
         evaluation=_evaluation(program, prologue, components, component_of, opaque, recompute, compiler),
+        draws=any(_module(root, home).resamples_per_step for home in opaque),
         repeatable=tuple(number for number in range(len(components)) if number not in fleeting),
     )
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fxparam.errors import FxparamError
 from fxparam.program import Site
 from fxparam.runtime.modes import autocast_state
-from fxparam.runtime.runtime import Stats, compute_site
+from fxparam.runtime.runtime import compute_site
+from fxparam.runtime.stats import Stats
 from fxparam.tracer.delivery import Inline, binding_of
 
 

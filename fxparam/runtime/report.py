@@ -12,7 +12,7 @@ from torch import nn
 from fxparam.errors import missing_extra
 from fxparam.program import Record, Site
 from fxparam.runtime.plan import Plan
-from fxparam.runtime.runtime import Stats
+from fxparam.runtime.stats import Stats
 
 
 @dataclass(frozen=True)

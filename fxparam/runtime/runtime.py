@@ -9,8 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,33 +21,16 @@ from fxparam.runtime import steps
 from fxparam.runtime.alarms import Alarms
 from fxparam.runtime.bridge import PrivateGraph, Published, grouped, private_aliases
 from fxparam.runtime.deferral import Block, refuse_sharded, refuse_shards
+from fxparam.runtime.draws import Draws
 from fxparam.runtime.entry import Entry, Frame, InlineFrame, requires_grad_of, versions_of
 from fxparam.runtime.evaluation import Compiler
 from fxparam.runtime.modes import autocast_state, in_functorch, under_a_transform, undisturbed
 from fxparam.runtime.plan import Plan
 from fxparam.runtime.planner import Planner
+from fxparam.runtime.stats import Stats
 from fxparam.tracer.delivery import Inline, binding_of
+from fxparam.tracer.looking import present_values
 from fxparam.tracer.site import SiteModule
-
-
-@dataclass
-class Stats:
-    """Counts since the transform.
-
-    Attributes:
-        refreshes: evaluations of the prologue.
-        hits: root forwards, and reads outside one, that found the weights current.
-        backwards: evaluations of the prologue's backward (of a connected component).
-        inlined: forwards that computed the prologue in place (compilation, functorch, replaced latents).
-    """
-
-    refreshes: int = 0
-    hits: int = 0
-    backwards: int = 0
-    inlined: int = 0
-
-    def __getitem__(self, name: str) -> int:
-        return int(getattr(self, name))
 
 
 class Runtime:
@@ -185,13 +167,20 @@ class Runtime:
         module: SiteModule = self.root.get_submodule(site.home)  # type: ignore[assignment]
         position = next(at for at, aliases in enumerate(site.aliases) if name in aliases)
         with torch.no_grad():
-            values = tuple(self.tensor(other).clone() for other in site.names)
+            values = self.steady_values(site)
             target = values[position]
             if value.shape != target.shape:
                 raise ValueError(f"got a tensor of shape {tuple(value.shape)} for {name}, expected {tuple(target.shape)}")
             new = (*values[:position], value.to(target), *values[position + 1 :])
             module.set_latents(module.right_inverse(new if len(new) > 1 else new[0], project=project))
         self.drop_entries()
+
+    def steady_values(self, site: Site) -> tuple[Tensor, ...]:
+        """Copies of the weights of one site; of a site that draws random numbers, those without a draw (of eval mode)."""
+        module: SiteModule = self.root.get_submodule(site.home)  # type: ignore[assignment]
+        if site.home in self._planner.volatile or module.resamples_per_step:
+            return present_values(module, tuple(self.tensor(read).detach() for read in site.reads))
+        return tuple(self.tensor(name).detach().clone() for name in site.names)
 
     # --- the cache
 
@@ -252,6 +241,8 @@ class Runtime:
         entry = self._entries.get(self._modes())
         if entry is not None and entry.is_current(self._modes(), self._steps):
             self.stats.hits += 1
+            if entry.draws is not None and torch._C._current_graph_task_id() != -1:
+                entry.draws.replay()
             if self._checking:
                 self._recompute_and_compare(entry)
             return Frame(entry, self._block())
@@ -271,9 +262,8 @@ class Runtime:
                     for key, other in self._entries.items()
                     if other.modes[-1] == modes[-1] and other.is_current(other.modes, self._steps)
                 }
-                entry = self._refresh(
-                    next(iter(kept.values())).received if kept else {}, stepped=entry is not None and entry.steps != self._steps
-                )
+                stepped = entry is not None and entry.steps != self._steps
+                entry = self._refresh(next(iter(kept.values()), None), stepped=stepped)
                 self._entries = {**kept, modes: entry}
             return Frame(entry, self._block())
 
@@ -318,11 +308,11 @@ class Runtime:
     def _modes(self) -> tuple[object, ...]:
         return (*autocast_state(), self.root.training)
 
-    def _refresh(self, received: dict[int, Tensor], *, stepped: bool) -> Entry:
+    def _refresh(self, other: Entry | None, *, stepped: bool) -> Entry:
         """A new entry.
 
         Args:
-            received: the sources that had a gradient from the other entries in use, which this one shares.
+            other: another entry in use, for another autocast state: it shares what has received a gradient, and what was drawn.
             stepped: whether an optimizer step is what made it necessary.
         """
         refuse_shards(tensor for module in self._planner.maps for tensor in module._parameters.values() if tensor is not None)
@@ -332,6 +322,7 @@ class Runtime:
         training = self.root.training or any(module.training for module in self._planner.homes)
         graph = any(map(requires_grad_of, sources)) and (torch.is_grad_enabled() or training)
         stats, reached = self.stats, self.reached
+        received = {} if other is None else other.received
 
         # Neither the runtime nor the entry: autograd nodes hold this, and the garbage collector cannot see through them.
         def on_backward(components: int, values: Sequence[int], given: Sequence[Tensor], at: Sequence[int]) -> None:
@@ -341,7 +332,9 @@ class Runtime:
             torch.autograd.Variable._execution_engine.queue_callback(lambda: received.update(arrived))
             reached.update([plan.values[one] for one in values], [plan.sources[one] for one in at])
 
-        values, edges = self._evaluate(plan, sources, graph=graph, look=not stepped)
+        drawing = Draws.around(None if other is None else other.draws) if plan.draws else nullcontext()
+        with drawing as draws:
+            values, edges = self._evaluate(plan, sources, graph=graph, look=not stepped)
         # A map with a state may have put new buffers in the place of those it read.
         sources = [registry[name] for registry, name in plan.slots]
         modes, trainable = self._modes(), list(map(requires_grad_of, sources))
@@ -361,6 +354,7 @@ class Runtime:
             weight_versions=versions_of(values),
             storages=[source.untyped_storage() for source in sources],
             received=received,
+            draws=draws,
         )
 
     def _evaluate(self, plan: Plan, sources: Sequence[Tensor], *, graph: bool, look: bool) -> Any:

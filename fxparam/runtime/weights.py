@@ -90,7 +90,7 @@ class WeightAccess:
                 continue
             module: Any = self._fxp_live.get_submodule(site.home)
             with torch.no_grad():
-                values = tuple(self._fxp_runtime.tensor(name).detach().clone() for name in site.names)
+                values = self._fxp_runtime.steady_values(site)
                 module.set_latents(module.right_inverse(values if len(values) > 1 else values[0]))
         self.invalidate()
 

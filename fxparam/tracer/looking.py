@@ -45,6 +45,7 @@ def looking(module: nn.Module, *, evaluate: bool = False) -> Iterator[Look]:
     """
     modules = list(module.modules())
     saved = [(m, dict(m.__dict__), dict(m._buffers), _contents(m.__dict__)) for m in modules]
+    generators = [(g, g.get_state()) for m in modules for g in m.__dict__.values() if isinstance(g, torch.Generator)]
     copies: dict[int, Tensor] = {}
     for m in modules:
         for name, buffer in m._buffers.items():
@@ -58,7 +59,9 @@ def looking(module: nn.Module, *, evaluate: bool = False) -> Iterator[Look]:
         with preserved_generators() as used, _without_global_hooks():
             yield look
     finally:
-        look.drew = any(used)
+        look.drew = any(used) or any(not torch.equal(generator.get_state(), then) for generator, then in generators)
+        for generator, then in generators:
+            generator.set_state(then)
         for m, state, buffers, contents in saved:
             look.wrote = look.wrote or _differs(m.__dict__, state) or any(now != then for now, then in contents)
             m.__dict__.clear()

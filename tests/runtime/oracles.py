@@ -65,7 +65,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[
 def raw_fused(parameters: Sequence[Tensor]) -> None:
     """A step of SGD by the fused kernel itself: no version and no hook of an optimizer tells of it."""
     options = {"weight_decay": 0.0, "momentum": 0.0, "lr": 0.1, "dampening": 0.0, "nesterov": False, "maximize": False}
-    torch._fused_sgd_(parameters, [p.grad for p in parameters], [], is_first_step=True, **options)
+    torch._fused_sgd_(parameters, [p.grad for p in parameters], [], is_first_step=True, **options)  # type: ignore[call-overload]
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import fxparam as fxp
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     f"{cls.__name__}-{kind}": lambda ps, cls=cls, kind=kind: cls(
         ps, lr=0.05, **({kind: True} if kind != "plain" else {"foreach": False})
-    )  # type: ignore[misc]
+    )
     for cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
     for kind in ("plain", "foreach", "fused")
 } | {

@@ -1,4 +1,5 @@
 """Never stale: writes to latents, weights, buffers and options, casts, freezing."""
+# mypy: disable-error-code="call-overload,operator"
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Declarations at work: ties, references, masks, joint sites, constraints, instances."""
+# mypy: disable-error-code="operator"
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Maps, their buffers and layers that change after the first read, or during a forward; models that live shortly."""
+# mypy: disable-error-code="misc,operator"
 
 from __future__ import annotations
 

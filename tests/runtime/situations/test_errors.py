@@ -1,4 +1,5 @@
 """Errors have the types and texts they have in PyTorch."""
+# mypy: disable-error-code="misc,operator"
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Ways to take a step otherwise: in backward, by hand, by closures, by functions, differentiably."""
+# mypy: disable-error-code="arg-type"
 
 from __future__ import annotations
 

@@ -25,14 +25,14 @@ def test_a_fork_while_a_thread_refreshes(trace: str) -> None:
         """Stays a call in every trace, and waits there, in this process."""
 
         @staticmethod
-        def forward(ctx: Any, latent: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(ctx: Any, latent: Tensor) -> Tensor:
             if parent[0]:
                 inside.set()
                 leave.wait(PATIENCE)
             return latent * 0.5
 
         @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
             return gradient * 0.5
 
     leave.set()

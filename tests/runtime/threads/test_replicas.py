@@ -1,4 +1,5 @@
 """Replicas as ``DataParallel`` makes them."""
+# mypy: disable-error-code="operator"
 
 from __future__ import annotations
 
