@@ -115,11 +115,16 @@ class Frame:
         entry = self.entry
         number, at = entry.plan.component_of[name]
         value = (self._leased if entry.published.trains(number) else self._without_gradient)(number)[at]
-        if version(value) != entry.weight_versions[at]:
-            return None
-        for source in entry.plan.components[number].sources:
-            if version(entry.sources[source]) != entry.versions[source]:
+        try:
+            if value._version != entry.weight_versions[at]:
                 return None
+            sources, versions = entry.sources, entry.versions
+            for source in entry.plan.components[number].sources:
+                if sources[source]._version != versions[source]:
+                    return None
+        except RuntimeError:
+            # Inference tensors have no version; what was read of them at the beginning of a forward holds to its end.
+            pass
         return value
 
     def _without_gradient(self, number: int) -> Mapping[int, Tensor]:

@@ -6,7 +6,7 @@ Everything that a trace bakes in is part of the kind; a runtime keeps one plan f
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any
 
@@ -155,9 +155,8 @@ def _fragments(root: nn.Module, sites: Sequence[Site], tracer: SiteTracer) -> tu
         reads = {name: weights[name] if name in weights else tensors[name] for name in site.reads}
         fragment = tracer.trace(module, site.home, reads)
         if not random.isdisjoint(site.reads):
-            fragment = Fragment(
-                fragment.graph, fragment.inputs, fragment.opaque if fragment.volatile else "reads a random weight", True
-            )
+            why = fragment.opaque if fragment.volatile else "reads a random weight"
+            fragment = replace(fragment, opaque=why, volatile=True)
         fragments[site.home] = fragment
         if fragment.volatile:
             random.update(site.names)

@@ -112,7 +112,7 @@ class Runtime:
         if in_functorch():
             return self._frame()
         modes = self._modes()
-        fitting = frame.others.get(modes, frame)
+        fitting = frame.others.get(modes, frame) if frame.others else frame
         if fitting.entry.modes == modes and fitting.entry.steps == self._steps:
             return fitting
         other = self._frame()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from runtime.models import SkewExp, through_one_node
+from runtime.oracles import DTYPE, same
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
@@ -17,10 +18,7 @@ import fxparam as fxp
 
 # What dynamo looks at on its way; it hides the warning unless warnings are errors.
 DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-
-
 N = 5
-DTYPE = torch.float64
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -178,10 +176,6 @@ MODELS: list[Callable[[], tuple[Any, fxp.ParametrizedModule]]] = [
 ]
 
 
-def check(got: Any, want: Any, tol: float = 1e-11) -> None:
-    torch.testing.assert_close(got, want, rtol=tol, atol=tol)
-
-
 def grads(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -196,8 +190,8 @@ def train(oracle: Any, model: Any, run: Callable[[Tensor], Tensor], *, steps: in
             output = call(x)
             output.square().mean().backward()
             outputs.append(output.detach())
-        check(outputs[1], outputs[0])
-        check(grads(model), grads(oracle))
+        same(outputs[1], outputs[0])
+        same(grads(model), grads(oracle))
         for optimizer in optimizers:
             optimizer.step()
-    check(dict(model.named_buffers()), dict(oracle.named_buffers()))
+    same(dict(model.named_buffers()), dict(oracle.named_buffers()))

@@ -9,18 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from runtime.compile.common import (
-    DTYPE,
-    DYNAMO,
-    Layers,
-    N,
-    X,
-    adopted,
-    check,
-    skew,
-    train,
-)
+from runtime.compile.common import DYNAMO, Layers, N, X, adopted, skew, train
 from runtime.models import SkewExp
+from runtime.oracles import DTYPE, same
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -50,17 +41,17 @@ def test_autocast(how: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             got, want = run(x), oracle(x)
         assert got.dtype == want.dtype
-        check(got, want, 2**-7 if enabled else 1e-5)
+        same(got, want, 2**-7 if enabled else 1e-5)
 
 
 @HOW
 def test_moved_to_another_dtype(how: str) -> None:
     oracle, model = skew()
     run = compiled(model, how)
-    check(run(X), oracle(X))
+    same(run(X), oracle(X))
     oracle.float()
     model.float()
-    check(run(X.float()), oracle(X.float()), 1e-5)
+    same(run(X.float()), oracle(X.float()), 1e-5)
 
 
 class Twice(nn.Module):
@@ -83,7 +74,7 @@ def compare_random(oracle: Any, run: Any) -> None:
     for call in (oracle, run):
         torch.manual_seed(4)
         outputs.append([call(X) for _ in range(3)])
-    check(outputs[1], outputs[0])
+    same(outputs[1], outputs[0])
     assert not torch.equal(outputs[0][0], outputs[0][1])
 
 
@@ -94,7 +85,7 @@ def test_a_random_map_is_drawn_anew_at_each_forward(how: str) -> None:
     compare_random(oracle, run)
     for net in (oracle, model):
         net.eval()
-    check(run(X), oracle(X))
+    same(run(X), oracle(X))
 
 
 @HOW
@@ -135,8 +126,8 @@ def test_ways_of_running_can_be_mixed(first: int) -> None:
     oracle, model = skew()
     for how in (*ways[first:], *ways[:first]):
         if how == "eager":
-            check(model(X), oracle(X))
+            same(model(X), oracle(X))
         elif how == "export":
-            check(torch.export.export(model, (X,), strict=False).module()(X), oracle(X))
+            same(torch.export.export(model, (X,), strict=False).module()(X), oracle(X))
         else:
             train(oracle, model, compiled(model, how, "eager"), steps=1)

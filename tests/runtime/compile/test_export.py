@@ -8,16 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from runtime.compile.common import (
-    DYNAMO,
-    MODELS,
-    N,
-    X,
-    check,
-    noise,
-    skew,
-    train,
-)
+from runtime.compile.common import DYNAMO, MODELS, N, X, noise, skew, train
+from runtime.oracles import same
 
 import fxparam as fxp
 
@@ -33,14 +25,14 @@ def test_export_computes_the_weights(make: Callable[[], tuple[Any, fxp.Parametri
     # What a strict export says of the place where weights wait for their readers.
     with pytest.warns(UserWarning, match="_fxp_inline") if strict else contextlib.nullcontext():
         program = torch.export.export(model, (X,), strict=strict)
-    check(program.module()(X), oracle(X))
+    same(program.module()(X), oracle(X))
     assert set(program.state_dict) == set(model.state_dict())
     # It computes them from the latents that it is given, and shares them with the model.
     with torch.no_grad():
         for net in (model, oracle):
             for _, parameter in sorted(net.named_parameters()):
                 parameter.mul_(0.5)
-    check(program.module()(X), oracle(X))
+    same(program.module()(X), oracle(X))
     # The model goes on as before.
     for net in (oracle, model):
         net.train()
@@ -53,7 +45,7 @@ def test_export_in_training_mode_and_after_steps() -> None:
     train(oracle, model, model, steps=2)
     program = torch.export.export(model, (X,), strict=False)
     got: Any = program.module()
-    check(got(X), oracle(X))
+    same(got(X), oracle(X))
     train(oracle, model, model, steps=2)
 
 
@@ -63,7 +55,7 @@ def test_export_with_a_dynamic_size() -> None:
     # forward(*args): the inputs are one tuple.
     program = torch.export.export(model, (X,), dynamic_shapes=(({0: size},),), strict=False)
     x = noise(7, 9, N)
-    check(program.module()(x), oracle(x))
+    same(program.module()(x), oracle(x))
 
 
 def test_export_with_a_dynamic_size_by_the_users_name() -> None:
@@ -72,7 +64,7 @@ def test_export_with_a_dynamic_size_by_the_users_name() -> None:
     size = torch.export.Dim("size", min=2, max=64)
     program = torch.export.export(fxp.restore(model), (X,), dynamic_shapes={"x": {0: size}}, strict=False)
     x = noise(7, 9, N)
-    check(program.module()(x), oracle(x))
+    same(program.module()(x), oracle(x))
 
 
 def test_export_of_a_compiled_model() -> None:
@@ -80,4 +72,4 @@ def test_export_of_a_compiled_model() -> None:
     model.compile(backend="eager")
     model(X)
     program = torch.export.export(model, (X,), strict=False)
-    check(program.module()(X), oracle(X))
+    same(program.module()(X), oracle(X))

@@ -7,17 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from runtime.compile.common import (
-    DYNAMO,
-    MODELS,
-    N,
-    X,
-    check,
-    grads,
-    noise,
-    skew,
-    train,
-)
+from runtime.compile.common import DYNAMO, MODELS, N, X, grads, noise, skew, train
+from runtime.oracles import same
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
@@ -48,8 +39,8 @@ def test_compile_compiles_once_for_each_mode() -> None:
         train(oracle, model, model, steps=2)
     assert counter.frame_count == 2
     with torch.no_grad():
-        check(model(X), oracle(X))
-        check(model(X), oracle(X))
+        same(model(X), oracle(X))
+        same(model(X), oracle(X))
     assert counter.frame_count == 3
 
 
@@ -72,7 +63,7 @@ def test_compile_with_micro_batches_and_several_backwards() -> None:
     for net in (oracle, model):
         (net(X).sum() + net(2 * X).sum()).backward()
         net(3 * X).sum().backward()
-    check(grads(model), grads(oracle))
+    same(grads(model), grads(oracle))
     assert (model.stats.refreshes, model.stats.hits) == (1, 2)
 
 
@@ -80,10 +71,10 @@ def test_compile_first_without_gradient() -> None:
     oracle, model = skew()
     model.compile(backend="aot_eager")
     with torch.no_grad():
-        check(model(X), oracle(X))
+        same(model(X), oracle(X))
     train(oracle, model, model)
     with torch.inference_mode():
-        check(model(X), oracle(X))
+        same(model(X), oracle(X))
     train(oracle, model, model)
 
 

@@ -8,21 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from runtime.compile.common import (
-    DTYPE,
-    DYNAMO,
-    MODELS,
-    N,
-    X,
-    check,
-    grads,
-    methods,
-    noise,
-    norms,
-    recurrent,
-    skew,
-    train,
-)
+from runtime.compile.common import DYNAMO, MODELS, N, X, grads, methods, noise, norms, recurrent, skew, train
+from runtime.oracles import DTYPE, same
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -59,7 +46,7 @@ def test_torch_compile_modes_and_sizes(options: dict[str, Any]) -> None:
         train(oracle, model, run, steps=1, x=noise(size, size, N))
     assert counter.frame_count <= (1 if options.get("dynamic") else 2)
     with torch.no_grad():
-        check(run(X), oracle(X))
+        same(run(X), oracle(X))
     train(oracle, model, model)
 
 
@@ -73,10 +60,10 @@ def test_torch_compile_sees_every_write() -> None:
         lambda net: net.load_state_dict({key: 0.5 * value for key, value in net.state_dict().items()}),
     ]
     for write in writes:
-        check(run(X), oracle(X))
+        same(run(X), oracle(X))
         write(oracle)
         write(model)
-    check(run(X), oracle(X))
+    same(run(X), oracle(X))
 
 
 def test_torch_compile_of_methods_and_of_functions_around() -> None:
@@ -89,10 +76,10 @@ def test_torch_compile_of_methods_and_of_functions_around() -> None:
     for net, call in ((oracle, loss(oracle)), (model, run)):
         net.zero_grad()
         call(X).backward()
-    check(grads(model), grads(oracle))
+    same(grads(model), grads(oracle))
     for name in ("encode", "penalty"):
         args = (X,) if name == "encode" else ()
-        check(torch.compile(getattr(model, name), backend="aot_eager")(*args), getattr(oracle, name)(*args))
+        same(torch.compile(getattr(model, name), backend="aot_eager")(*args), getattr(oracle, name)(*args))
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -112,10 +99,10 @@ def test_spectral_norm_advances_at_each_compiled_forward() -> None:
     oracle, model = norms()
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(3):
-        check(run(X), oracle(X))
-        check(dict(model.named_buffers()), dict(oracle.named_buffers()))
+        same(run(X), oracle(X))
+        same(dict(model.named_buffers()), dict(oracle.named_buffers()))
     for net in (oracle, model):
         net.eval()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    check(run(X), oracle(X))
-    check(dict(model.named_buffers()), before)
+    same(run(X), oracle(X))
+    same(dict(model.named_buffers()), before)

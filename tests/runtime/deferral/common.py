@@ -17,8 +17,6 @@ N = 5
 DTYPE = torch.float64
 Block = Callable[[], AbstractContextManager[Any]]
 Scenario = Callable[[Any, Block], Any]
-
-
 A, B = "a.parametrizations.weight.original", "b.parametrizations.weight.original"
 
 

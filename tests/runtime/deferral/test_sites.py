@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from runtime.deferral.common import DTYPE, A, N, X, accumulate, check, grads, pair, plain
-from runtime.models import SkewExp, ThreeLayers
+from runtime.models import SkewExp, ThreeLayers, through_one_node
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
@@ -39,11 +39,7 @@ def tied(net: ThreeLayers) -> dict[Any, Any]:
 
 
 def joint(net: ThreeLayers) -> dict[Any, Any]:
-    def both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        shared = a.exp()
-        return shared * b, shared + 1.0
-
-    return {fxp.joint("a.weight", "b.weight"): fxp.custom(both, init=lambda weights: tuple(weights))}
+    return {fxp.joint("a.weight", "b.weight"): fxp.custom(through_one_node, init=lambda weights: tuple(weights))}
 
 
 def normed(net: ThreeLayers) -> dict[Any, Any]:

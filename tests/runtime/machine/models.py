@@ -1,5 +1,4 @@
 """The models that scripts run, small and with weights that are reached by some of the outputs only.
-# mypy: disable-error-code="operator"
 
 Each has a *tap*, a module without effect in the middle of its forward: a hook on it is code that runs between two reads.
 """

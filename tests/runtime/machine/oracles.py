@@ -1,5 +1,4 @@
 """What the transformed models must be: the same weights, written by hand and computed anew for each forward.
-# mypy: disable-error-code="call-arg,return-value"
 
 No cache, no graph, no code of fxparam.
 """
@@ -24,13 +23,13 @@ def own(name: str) -> str:
 
 
 class Needed(torch.autograd.Function):
-    """Tensors as they are, whose backward wants the sources behind them as they were: what is recomputed is recomputed then."""
+    """Weights as they are, whose backward needs the sources behind them unchanged: it computes the weights again."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors[count:])
         ctx.rest = len(tensors) - count
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+        return tuple(tensor.clone() for tensor in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -96,7 +95,6 @@ class Oracle(nn.Module):
             self.reads = []
             values = tuple(compute())
             if self.recompute and any(value.requires_grad for value in values):
-                # Views of them would be refused another way: these are given as they are.
                 values = Needed.apply(len(values), *values, *self.reads)
             self.found |= {(key[0], one): value for one, value in zip(names, values, strict=True)}
         return self.found[key]

@@ -15,8 +15,6 @@ from torch.nn.utils import parametrizations
 import fxparam as fxp
 
 X, Y = (torch.randn(4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2))
-
-
 Case = Callable[[Any], list[Any]]
 
 

@@ -193,7 +193,7 @@ def steps_without_hooks(model: nn.Module, batches: Tensor) -> Any:
         loss_of(model, x).backward()
         with torch.no_grad():
             adam(
-                parameters,  # type: ignore[arg-type]
+                parameters,
                 [p.grad for p in parameters],  # type: ignore[misc]
                 *moments,
                 [],
