@@ -32,6 +32,7 @@ import fxparam as fxp
 
 PLAIN, REFERENCE = "plain, compiled", "parametrize"
 BATCH = 32
+WARMUP = 20  # fxparam looks at the latents of the first 16 evaluations for NaN, later at those of every 16th
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def measure(title: str, parametrized: nn.Module, x: Tensor, backend: str, rounds
     with nothing_compiled():
         runners = {name: build() for name, build in builders.items()}
         check(runners, x)
-        timings = race({name: runner.training_step(x) for name, runner in runners.items()}, rounds=rounds, warmup=5)
+        timings = race({name: runner.training_step(x) for name, runner in runners.items()}, rounds=rounds, warmup=WARMUP)
     print(table(f"{title}, {backend}, forward + backward + SGD", timings, PLAIN))
     print("\nfirst step, compiling, nothing cached: " + "; ".join(f"{name} {s:.1f} s" for name, s in seconds.items()))
     best = min((name for name in timings if name.startswith("fxparam")), key=lambda name: timings[name].median)

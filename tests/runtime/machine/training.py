@@ -205,36 +205,32 @@ class Training(Base):
 
     def broken_off(self, how: str, seed: int) -> str:
         """A block that an error ends: nothing of it reaches the latents. Returns the error."""
-        before, held = Counter(self.fired), [copied(latent.grad) for latent in self.latents()]
-        really = hasattr(self.model, "defer_backward")
-        outcome = "nothing was deferred"
-        loss = self.loss(seed)
-        del loss
-        try:
-            with self.deferring():
-                self.loss(seed).backward()
-                if not really and not any(latent.requires_grad for latent in self.latents()):
-                    pass
-                elif not really:
-                    outcome = {"raise": "KeyError"}.get(how, "DeferralError")
-                elif how == "raise":
-                    raise KeyError(how)
-                elif how == "step":
-                    self.step("sgd")
-                else:
-                    with warnings.catch_warnings(action="ignore", category=UserWarning):
-                        self.loss(seed + 1).backward(create_graph=True)
-        except (DeferralError, KeyError) as error:
-            outcome = type(error).__name__
-        if not really:
-            for latent, gradient in zip(self.latents(), held, strict=True):
-                latent.grad = gradient
+        outcome = "KeyError" if how == "raise" else "DeferralError"
+        if hasattr(self.model, "defer_backward"):
+            outcome = self._broken_off(how, seed)
         for name, parameter in self.named():
             # Of these some had their gradient before the error, and some not.
             if "parametrizations." not in name:
                 parameter.grad = None
-        self.fired = before
         return outcome
+
+    def _broken_off(self, how: str, seed: int) -> str:
+        before = Counter(self.fired)
+        try:
+            with self.deferring():
+                self.loss(seed).backward()
+                if how == "raise":
+                    raise KeyError(how)
+                if how == "step":
+                    self.optimizer("sgd").step()
+                else:
+                    with warnings.catch_warnings(action="ignore", category=UserWarning):
+                        self.loss(seed + 1).backward(create_graph=True)
+        except (DeferralError, KeyError) as error:
+            return type(error).__name__
+        finally:
+            self.fired = before
+        return "no error"
 
     def zeroed(self, seed: int, set_to_none: bool) -> None:
         """Gradients are reset in the middle of a block, those that are on their way as well."""
@@ -244,10 +240,6 @@ class Training(Base):
             self.model.zero_grad(set_to_none)
             self.loss(seed + 1).backward()
         self.fired = before
-
-
-def copied(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.clone()
 
 
 def call(module: nn.Module, x: Tensor) -> Sequence[Tensor]:
