@@ -4,7 +4,7 @@ Contestants, compiled and not: a plain model with the same weights, the model un
 Compiled, fxparam is ``model.compile()`` (the weights stay cached and are computed outside), the same with ``prologue=True``
 (their computation is compiled, apart from the rest), and ``torch.compile(model)`` (it is in the graph, at each forward).
 
-    python benchmarks/compiled.py [--rounds 31] [rnn weight_norm orthogonal]
+    python benchmarks/compiled.py [--rounds 31] [--model rnn]
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from harness import race, table
@@ -169,15 +168,15 @@ def usable_backend() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--model", action="append", choices=list(MODELS), help="only this one; may be given several times")
     parser.add_argument("--rounds", type=int, default=31)
-    options: Any = parser.parse_args()
+    options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     # Dynamo reads .grad of what is no leaf, and hides that it warns, unless warnings are shown.
     warnings.filterwarnings("ignore", "The .grad attribute")
     backend = usable_backend()
-    for name in options.models:
+    for name in options.model or MODELS:
         title, model, x = MODELS[name]()
         measure(title, model, x, backend, options.rounds)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
+from typing import Any
 
 # Before torch is imported, and inherited by the processes that tests start: workers must not fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,6 +29,39 @@ _patient = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.
 hypothesis.settings.register_profile("ci", _patient, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.register_profile("large", _patient, max_examples=2000)
 hypothesis.settings.load_profile(PROFILE)
+
+
+_TALLY = pytest.StashKey[Counter[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to count."""
+    config.stash[_TALLY] = Counter()
+
+
+@pytest.fixture
+def tally(pytestconfig: pytest.Config) -> Counter[str]:
+    """What the state machine has done in this process; the run ends with the sum over all of them."""
+    return pytestconfig.stash[_TALLY]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of xdist hands its counts over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = dict(session.config.stash[_TALLY])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker has ended, or crashed and left nothing."""
+    node.config.stash[_TALLY].update(getattr(node, "workeroutput", {}).get("tally", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """One line for all random scripts."""
+    count = config.stash[_TALLY]
+    if count:
+        terminalreporter.write_line(f"state machine: {count['scripts']} scripts, {count['steps']} steps, {count['kinds']} kinds")
 
 
 def pytest_report_header() -> str:

@@ -54,14 +54,13 @@ def python_random_states() -> tuple[object, ...]:
     """The states of the generators of Python and, if it is loaded, of NumPy, as values to compare."""
     numpy = sys.modules.get("numpy")
     legacy = numpy.random.get_state(legacy=False) if numpy is not None else None
-    return (random.getstate(), repr(legacy["state"]["key"].tobytes()) + str(legacy["state"]["pos"]) if legacy else None)
+    return (random.getstate(), (legacy["state"]["key"].tobytes(), legacy["state"]["pos"]) if legacy else None)
 
 
 @contextmanager
 def preserved_generators() -> Iterator[list[bool]]:
     """Put every generator back at the end. Yields a list that then holds whether any of them was used."""
     torch_before, python_before = generator_states(), python_random_states()
-    python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
     used: list[bool] = []
@@ -70,12 +69,13 @@ def preserved_generators() -> Iterator[list[bool]]:
     finally:
         same = all(map(torch.equal, torch_before, generator_states())) and python_before == python_random_states()
         used.append(not same)
-        torch.set_rng_state(torch_before[0])
-        for device, state in enumerate(torch_before[1:]):
-            torch.cuda.set_rng_state(state, device)
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+        if not same:
+            torch.set_rng_state(torch_before[0])
+            for device, state in enumerate(torch_before[1:]):
+                torch.cuda.set_rng_state(state, device)
+            random.setstate(python_before[0])  # type: ignore[arg-type]
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
 
 
 def user_line(frame: FrameType | None = None) -> str:
