@@ -26,6 +26,9 @@ from fxparam.runtime.deferral import Block
 from fxparam.runtime.draws import Draws
 from fxparam.runtime.plan import Plan
 
+_LOWERED = (torch.float32, torch.float16, torch.bfloat16)
+"""What autocast casts; it leaves float64 alone."""
+
 version_of, requires_grad_of = attrgetter("_version"), attrgetter("requires_grad")
 
 
@@ -105,6 +108,7 @@ class Frame:
         self.entry, self.block = entry, block
         # For a forward that switches autocast, or writes to what it reads: frames of later entries, by modes.
         self.others: dict[object, Frame] = {}
+        self._casts: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._leases: dict[int, Leased] = {}
         self._detached: dict[int, Mapping[int, Tensor]] = {}
 
@@ -126,6 +130,17 @@ class Frame:
             # Inference tensors have no version; what was read of them at the beginning of a forward holds to its end.
             pass
         return value
+
+    def cast(self, value: Tensor) -> Tensor:
+        """A weight in the precision that autocast has for its device, the same for all reads of this forward."""
+        device = value.device.type
+        if not torch.is_autocast_enabled(device) or value.dtype not in _LOWERED:
+            return value
+        dtype = torch.get_autocast_dtype(device)
+        if (id(value), dtype) not in self._casts:
+            # With the value, whose id must not be used again meanwhile.
+            self._casts[id(value), dtype] = (value, value.to(dtype))
+        return self._casts[id(value), dtype][1]
 
     def _without_gradient(self, number: int) -> Mapping[int, Tensor]:
         values = self._detached.get(number)

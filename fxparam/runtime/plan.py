@@ -5,9 +5,10 @@ Everything that a trace bakes in is part of the kind; a runtime keeps one plan f
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fxparam.runtime.evaluation import Compiler, Evaluation
 from fxparam.spec.names import named_tensors, split
 from fxparam.tracer.delivery import Inline, WeightReader, binding_of
 from fxparam.tracer.looking import present_values
+from fxparam.tracer.lowering import lowered_in
 from fxparam.tracer.site import SiteModule
 from fxparam.tracer.site_tracing import OpaqueSite, SiteTracer
 from fxparam.tracer.symbolic import TracedBody, kind_of, trace_body
@@ -49,6 +51,8 @@ class Plan:
         evaluation: what runs the prologue.
         repeatable: the components that may be computed again at any time without any effect.
         draws: whether the prologue may draw random numbers.
+        lowered: the names of weights that the body uses only where autocast casts them.
+        body_code: the code that reads them.
     """
 
     program: Program
@@ -67,6 +71,8 @@ class Plan:
     evaluation: Evaluation
     repeatable: tuple[int, ...]
     draws: bool
+    lowered: frozenset[str]
+    body_code: CodeType | None
     # Found out at the first refresh of its kind (what trains, autocast), and the same at every other.
     groups: dict[object, Mapping[int, Group]] = field(default_factory=dict)
 
@@ -199,6 +205,7 @@ def _compile(
         for name, aliases in zip(site.names, site.aliases, strict=True):
             component_of |= dict.fromkeys(aliases, component_of[name])
     asked = traced.asked if traced is not None else {}
+    body = None if traced is None else _body_module(root, program, constants, traced, reader, inline)
     fleeting = {component_of[site.names[0]][0] for site in program.sites if site.home in effects}
     maps = [module for site in program.sites for module in _module(root, site.home).modules()]
     return Plan(
@@ -209,7 +216,7 @@ def _compile(
         values=program.values,
         components=components,
         component_of=component_of,
-        body=None if traced is None else _body_module(root, program, constants, traced, reader, inline),
+        body=body,
         traced=traced,
         why_live=why_live,
         volatile=volatile,
@@ -220,6 +227,8 @@ def _compile(
         ),
         asked=tuple((*_slot(root, name, program.tensors), kind) for name, kind in asked.items() if name in program.tensors),
         evaluation=_evaluation(program, prologue, components, component_of, opaque, recompute, compiler),
+        lowered=frozenset() if program.body is None else lowered_in(program.body),
+        body_code=None if body is None else type(body).forward.__code__,
         draws=any(_module(root, home).resamples_per_step for home in opaque),
         repeatable=tuple(number for number in range(len(components)) if number not in fleeting),
     )
@@ -306,7 +315,10 @@ class _Reader(nn.Module):
             raise AttributeError(f"nothing was hoisted under the name {name!r}")
         if torch.compiler.is_compiling():
             return self.inline.values[f"{self.prefix}.{name}"]
-        return self.reader.read_weight(f"{self.prefix}.{name}")
+        value = self.reader.read_weight(f"{self.prefix}.{name}")
+        if torch._C._is_any_autocast_enabled():
+            return self.reader.lowered(f"{self.prefix}.{name}", value, sys._getframe(1).f_code)
+        return value
 
 
 def _forward_of(module: nn.Module) -> FunctionType | None:

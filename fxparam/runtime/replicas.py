@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -62,6 +63,10 @@ class ReplicaRuntime:
         if name not in values:
             values |= compute_site(self.root, self._site_of[name], self._tensor)
         return values[name]
+
+    def lowered(self, name: str, value: Tensor, reader: CodeType) -> Tensor:
+        """The weight: a replica casts at each use."""
+        return value
 
     def write_weight(self, name: str, value: Tensor) -> None:
         """Refused.

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import CodeType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from fxparam.runtime.planner import Planner
 from fxparam.runtime.stats import Stats
 from fxparam.tracer.delivery import Inline, binding_of
 from fxparam.tracer.looking import present_values
+from fxparam.tracer.lowering import LOWERING_CODE
 from fxparam.tracer.site import SiteModule
 
 
@@ -106,6 +108,16 @@ class Runtime:
                 outer.others[renewed.entry.modes] = renewed
             value = renewed.read(name) if isinstance(renewed, Frame) else self._read_inline(renewed, name)
         return value if value is not None else self._compute(name)[name]
+
+    def lowered(self, name: str, value: Tensor, reader: CodeType) -> Tensor:
+        """The cast of a weight, made once for a forward, if this reader uses it only where autocast would cast it anyway."""
+        frame = getattr(self._local, "frame", None)
+        if not isinstance(frame, Frame) or not torch.is_autocast_cache_enabled():
+            return value
+        plan = frame.entry.plan
+        if reader in LOWERING_CODE or (reader is plan.body_code and name in plan.lowered):
+            return frame.cast(value)
+        return value
 
     def _fitting(self, frame: Frame) -> Frame | InlineFrame:
         """What to read of in the middle of a forward: autocast may have been switched since its beginning, or a step taken."""

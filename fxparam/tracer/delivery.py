@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +37,9 @@ class WeightReader(Protocol):
 
     def read_weight(self, name: str) -> Any:
         """The weight with this dotted name, now."""
+
+    def lowered(self, name: str, value: Any, reader: CodeType) -> Any:
+        """What to hand to this reader under autocast: the weight, or its cast where that is all the reader needs."""
 
     def write_weight(self, name: str, value: Tensor) -> None:
         """Set the weight through the right inverse of its site."""
@@ -107,9 +112,13 @@ class Binding:
         if torch.compiler.is_compiling():
             return self._read_inline(owner, name)
         runtime = self.runtime
-        if runtime is not None:
-            return runtime.read_weight(self.names[name])
-        return self._compute(owner, name)
+        if runtime is None:
+            return self._compute(owner, name)
+        value = runtime.read_weight(self.names[name])
+        if torch._C._is_any_autocast_enabled():
+            # The property was asked by the code two frames up.
+            return runtime.lowered(self.names[name], value, sys._getframe(2).f_code)
+        return value
 
     def _read_inline(self, owner: nn.Module, name: str) -> Tensor:
         # No lock, thread or context is touched here: compilers cannot look into those.

@@ -13,6 +13,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -211,6 +212,10 @@ class _Tracer(fx.Tracer):
     def read_weight(self, name: str) -> _TensorProxy:
         """A computed weight, asked for by the property of its owner."""
         return self._read(name, self.weights[name])
+
+    def lowered(self, name: str, value: Any, reader: CodeType) -> Any:
+        """A trace shows no casts of autocast."""
+        return value
 
     def write_weight(self, name: str, value: Tensor) -> None:
         """Assigning weights inside a forward is nothing a graph can show."""

@@ -86,7 +86,7 @@ class Oracle(nn.Module):
 
     def renew(self) -> None:
         """Compute every weight anew where it is read next."""
-        self.found = {}
+        self.found, self.reads = {}, []
 
     def weight(self, name: str) -> Tensor:
         key = torch.is_autocast_enabled("cpu"), name
