@@ -127,14 +127,17 @@ class Running(Script):
 
     @precondition(_weights)
     @precondition(_transformed)
+    # Without noise, in eval mode, a weight is its latent, and a graph reads that.
+    @precondition(lambda self: self.subject.model.training or not self.kind.stateful)
     @precondition(lambda self: any(latent.requires_grad for latent in self.subject.latents()))
     @rule(how=st.sampled_from(["step", "create_graph", "raise"]), seed=seeds)
     def broken_off(self, how: str, seed: int) -> None:
         self.do("broken_off", how, seed, keeps=True)
 
+    # Gradients that are gone end a step, and what has a state may move.
     @rule(seed=seeds, set_to_none=flags)
     def zeroed(self, seed: int, set_to_none: bool) -> None:
-        self.do("zeroed", seed, set_to_none)
+        self.do("zeroed", seed, set_to_none and not self.kind.stateful)
 
 
 class Writes(Script):
