@@ -212,9 +212,10 @@ class Runtime:
             self.invalidate()
         return self.sites
 
-    def invalidate(self) -> None:
-        """Look at everything anew at the next read: weights, and what traces took for granted."""
-        self._planner.clear()
+    def invalidate(self, *, traces: bool = True) -> None:
+        """Compute the weights anew at the next read, and look at what traces took for granted as well."""
+        if traces:
+            self._planner.clear()
         self.drop_entries()
 
     def drop_entries(self) -> None:
@@ -262,22 +263,31 @@ class Runtime:
             # functional_call and replicas put other tensors in place of the parameters for a while.
             self.stats.inlined += 1
             return InlineFrame()
+        # Let go of it now: the old weights should not be there beside the new ones.
+        del entry
         with self._lock:
-            modes = self._modes()
-            entry = self._entries.get(modes)
-            if entry is None or not entry.is_current(self._modes(), self._steps):
-                if entry is not None:
-                    self._alarms.lost_writes(self.sites, entry.written())
-                # Weights swapped in for evaluation by a write nobody sees: only the change of mode tells.
-                kept = {
-                    key: other
-                    for key, other in self._entries.items()
-                    if other.modes[-1] == modes[-1] and other.is_current(other.modes, self._steps)
-                }
-                stepped = entry is not None and entry.steps != self._steps
-                entry = self._refresh(next(iter(kept.values()), None), stepped=stepped)
-                self._entries = {**kept, modes: entry}
-            return Frame(entry, self._block())
+            return Frame(self._renewed(), self._block())
+
+    def _renewed(self) -> Entry:
+        """The current entry for the present modes, evaluated now unless another thread has just done so."""
+        modes = self._modes()
+        entry = self._entries.get(modes)
+        if entry is not None and entry.is_current(modes, self._steps):
+            return entry
+        stepped = entry is not None and entry.steps != self._steps
+        if entry is not None:
+            self._alarms.lost_writes(self.sites, entry.written())
+            del entry
+        # Weights swapped in for evaluation by a write nobody sees: only the change of mode tells.
+        kept = {
+            key: other
+            for key, other in self._entries.items()
+            if other.modes[-1] == modes[-1] and other.is_current(other.modes, self._steps)
+        }
+        self._entries = kept
+        new = self._refresh(next(iter(kept.values()), None), stepped=stepped)
+        self._entries = {**kept, modes: new}
+        return new
 
     def _block(self) -> Block | None:
         blocks = getattr(self._local, "blocks", None)
@@ -381,7 +391,9 @@ class Runtime:
                     raise explained from error
                 raise
             if look or self._checking or self._alarms.due(self.stats.refreshes):
-                self._alarms.look(self.sites, plan.sources, sources)
+                # Of frozen ones only where nothing trains: the weights under an adapter are large, and stay what they are.
+                named = [(n, s) for n, s in zip(plan.sources, sources, strict=True) if s.requires_grad or not graph]
+                self._alarms.look(self.sites, [name for name, _ in named], [source for _, source in named])
         return values, edges
 
     def _recompute_and_compare(self, entry: Entry) -> None:

@@ -94,9 +94,13 @@ class WeightAccess:
                 module.set_latents(module.right_inverse(values if len(values) > 1 else values[0]))
         self.invalidate()
 
-    def invalidate(self) -> None:
-        """Compute the weights anew at the next read: after a write that nothing can see (``p.data.add_``, NumPy views)."""
-        self._fxp_runtime.invalidate()
+    def invalidate(self, *, traces: bool = False) -> None:
+        """Compute the weights anew at the next read: after a write that nothing can see (``p.data.add_``, NumPy views).
+
+        Args:
+            traces: also trace the maps and the model anew.
+        """
+        self._fxp_runtime.invalidate(traces=traces)
 
     def _set_trainable(self, pattern: str, flag: bool) -> list[str]:
         names = [name for site in self._matching(pattern) for name in site.latents]

@@ -1,5 +1,6 @@
 """What would go wrong in silence is said: lost writes, latents that are not finite, weights that no loss reaches."""
-# mypy: disable-error-code="operator,union-attr,arg-type,index,comparison-overlap", warn-unused-ignores=False, warn-unreachable=False
+# mypy: disable-error-code="operator,union-attr,arg-type,index,comparison-overlap"
+# mypy: warn-unused-ignores=False, warn-unreachable=False
 
 from __future__ import annotations
 
