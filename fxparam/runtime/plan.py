@@ -207,7 +207,9 @@ def _compile(
     asked = traced.asked if traced is not None else {}
     body = None if traced is None else _body_module(root, program, constants, traced, reader, inline)
     fleeting = {component_of[site.names[0]][0] for site in program.sites if site.home in effects}
-    maps = [module for site in program.sites for module in _module(root, site.home).modules()]
+    # Those of volatile sites as well, which are no part of the prologue as long as they are what they are.
+    homes = (*(site.home for site in program.sites), *sorted(volatile))
+    maps = [module for home in homes for module in _module(root, home).modules()]
     return Plan(
         program=program,
         prologue=prologue,

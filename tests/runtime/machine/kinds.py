@@ -41,9 +41,11 @@ def net_kind(dtype: torch.dtype = DTYPE, **options: Any) -> Kind:
         "norm.weight": lambda seed: noise(seed, 3, N),
         "enc.weight": lambda seed: noise(seed, 3, N),
     }
+    # A graph reads a weight once: a write between two reads of the same one is not seen there.
+    taps = Kind.taps if options["trace"] == "live" else ("autocast",)
     if dtype == DTYPE:
-        return Kind(build, weights, assignable, recompute=recompute)
-    return Kind(build, weights, recompute=recompute, tolerance=Tolerance(1e-5, 1e-4), rough=Tolerance(1e-3, 1e-2))
+        return Kind(build, weights, assignable, recompute=recompute, taps=taps)
+    return Kind(build, weights, recompute=recompute, taps=taps, tolerance=Tolerance(1e-5, 1e-4), rough=Tolerance(1e-3, 1e-2))
 
 
 def handwritten_kind(**options: Any) -> Kind:
@@ -80,7 +82,7 @@ def spectral_kind(**options: Any) -> Kind:
         model = fxp.transform(Two().double(), {"*.weight": fxp.spectral_norm()}, **options)
         return World(model), oracle_world(SpectralOracle(model))
 
-    return Kind(build, ("first.weight", "second.weight"), stateful=True, tapped=False)
+    return Kind(build, ("first.weight", "second.weight"), stateful=True, taps=())
 
 
 def noise_kind(**options: Any) -> Kind:
@@ -93,7 +95,7 @@ def noise_kind(**options: Any) -> Kind:
         model = fxp.transform(Two().double(), spec, **options)
         return World(model), oracle_world(NoiseOracle(model))
 
-    return Kind(build, ("first.weight", "second.weight"), stateful=True, tapped=False)
+    return Kind(build, ("first.weight", "second.weight"), stateful=True, taps=())
 
 
 KINDS = {

@@ -94,7 +94,8 @@ class Oracle(nn.Module):
             names, compute = next((names, compute) for names, compute in self.parts().items() if name in names)
             self.reads = []
             values = tuple(compute())
-            if self.recompute and any(value.requires_grad for value in values):
+            inline = torch._C._functorch.maybe_current_level() is not None
+            if self.recompute and not inline and any(value.requires_grad for value in values):
                 values = Needed.apply(len(values), *values, *self.reads)
             self.found |= {(key[0], one): value for one, value in zip(names, values, strict=True)}
         return self.found[key]
@@ -124,8 +125,8 @@ class NetOracle(Oracle):
         lower = self.latent("orth.weight").tril()
         skew, eye = lower - lower.mT, torch.eye(N, dtype=lower.dtype)
         cayley = torch.linalg.solve(eye - skew / 2, eye + skew / 2)
-        # Autocast multiplies in half precision; the weight has the dtype of its latent.
-        return [(self.latent("orth.weight", "0.base") @ cayley).to(lower.dtype)]
+        # Of half precision under autocast.
+        return [self.latent("orth.weight", "0.base") @ cayley]
 
     def weight_norm(self, name: str) -> Tensor:
         return torch._weight_norm(self.latent(name, "original1"), self.latent(name, "original0"), 0)

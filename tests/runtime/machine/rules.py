@@ -111,10 +111,10 @@ class Running(Script):
     def functional(self, seed: int, how: str, some: int) -> None:
         self.do("functional", seed, how, some, keeps=True)
 
-    @precondition(lambda self: self.kind.tapped)
-    @rule(how=st.sampled_from(["copy", "inference", "data", "set", "fused step", "autocast", "autocast"]), at=places, seed=seeds)
-    def tapped(self, how: str, at: int, seed: int) -> None:
-        self.do("tapped", how, at, seed)
+    @precondition(lambda self: self.kind.taps)
+    @rule(how=places, at=places, seed=seeds)
+    def tapped(self, how: int, at: int, seed: int) -> None:
+        self.do("tapped", self.kind.taps[how % len(self.kind.taps)], at, seed)
 
     @rule(count=st.integers(1, 3), seed=seeds, older=flags, keep=flags, nested=flags)
     def micro_batches(self, count: int, seed: int, older: bool, keep: bool, nested: bool) -> None:

@@ -36,7 +36,7 @@ class Kind:
         recompute: backward computes weights again, from what their sources are then.
         tolerance: how far the two may be apart.
         rough: the same under autocast, which rounds to half precision; None: it has no effect on this dtype.
-        tapped: whether the model has a tap.
+        taps: what may happen in the middle of a forward.
     """
 
     build: Callable[[int], tuple[World, World]]
@@ -47,7 +47,7 @@ class Kind:
     recompute: bool = False
     tolerance: Tolerance = Tolerance()
     rough: Tolerance | None = None
-    tapped: bool = True
+    taps: tuple[str, ...] = ("copy", "inference", "set", "fused step", "autocast")
 
 
 class Script(RuleBasedStateMachine):
