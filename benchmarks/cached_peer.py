@@ -1,6 +1,6 @@
 """How many random training scripts ``torch.nn.utils.parametrize.cached()`` gets wrong, and how many fxparam does.
 
-The scripts are those of the tests (``tests/runtime/machine.py``) without what only fxparam has; the oracle is the same model
+The scripts are those of the tests (``tests/runtime/machine/``) without what only fxparam has; the oracle is the same model
 outside of any ``cached()``. Three ways to use ``cached()``: one block around the whole script, one for each optimizer step,
 one in each forward.
 
@@ -28,7 +28,11 @@ from torch.nn.utils import parametrizations, parametrize
 import fxparam as fxp
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from runtime.machine import Kind, Mismatch, N, Net, Script, World
+from runtime.machine.compare import Mismatch
+from runtime.machine.models import N, Net
+from runtime.machine.rules import Machine
+from runtime.machine.script import Kind
+from runtime.machine.world import World
 
 STEPS = 40
 DEBUG = "-v" in sys.argv
@@ -47,8 +51,9 @@ class Peer(Net):
         del self.dec
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        hidden = torch.tanh(self.orth(torch.tanh(self.orth(x))))
-        return self.norm(hidden), self.enc(x), F.linear(x[:, :3], self.enc.weight.mT), self.left(x), self.right(hidden)
+        enc = self.enc(x)
+        hidden = torch.tanh(self.orth(self.tap(torch.tanh(self.orth(x)))))
+        return self.norm(hidden), enc, F.linear(x[:, :3], self.enc.weight.mT), self.left(x), self.right(hidden)
 
 
 class PeerByCall(Peer):
@@ -96,7 +101,7 @@ class Cached(World):
             parametrize._cache_enabled, parametrize._cache = before
 
 
-class Counted(Script):
+class Counted(Machine):
     """A script that stops at the first difference and notes of what kind it was."""
 
     found: ClassVar[Counter[str]]
@@ -105,7 +110,7 @@ class Counted(Script):
         super().__init__()
         self.wrong = ""
 
-    def do(self, action: str, *args: Any, keeps: bool = False, reads: bool = False) -> None:
+    def do(self, action: str, *args: Any, keeps: bool = False, reads: bool = False, autocast: bool | None = None) -> None:
         # Writing into a computed weight is asking for it, and modules under torch's parametrize do not pickle.
         if self.wrong or action == "write_weight":
             return

@@ -54,14 +54,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """A worker has ended, or crashed and left nothing."""
-    node.config.stash[_TALLY].update(getattr(node, "workeroutput", {}).get("tally", {}))
+    count: Counter[str] = node.config.stash[_TALLY]
+    count.update(getattr(node, "workeroutput", {}).get("tally", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """One line for all random scripts."""
     count = config.stash[_TALLY]
     if count:
-        terminalreporter.write_line(f"state machine: {count['scripts']} scripts, {count['steps']} steps, {count['kinds']} kinds")
+        terminalreporter.write_line(
+            f"state machine: {count['scripts']} scripts, {count['steps']} steps, {count['kinds']} kinds"
+        )
 
 
 def pytest_report_header() -> str:

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from fxparam.program import Site
+from fxparam.runtime.assembly import Options, make_plan
 from fxparam.runtime.evaluation import Compiler
 from fxparam.runtime.modes import undisturbed, without_autocast
-from fxparam.runtime.plan import Plan, make_plan
-from fxparam.spec.names import first_names
+from fxparam.runtime.plan import Plan
 from fxparam.tracer.delivery import Inline, WeightReader
 from fxparam.tracer.site import SiteModule
-from fxparam.tracer.site_tracing import SiteTracer
 
 _MAX_PLANS = 16
 _MAX_RETRACES = 4
@@ -127,13 +126,7 @@ class Planner:
             plan = make_plan(
                 self.root,
                 self.sites,
-                trace=self.trace,
-                why_live=self.why_live,
-                reader=self.reader,
-                inline=self.inline,
-                tracer=SiteTracer(first_names(self.root)),
-                recompute=self.recompute,
-                compiler=self.compiler,
+                Options(self.trace, self.why_live, self.reader, self.inline, self.recompute, self.compiler),
             )
         self.volatile = plan.volatile
         self.parameters = tuple((registry, name) for registry, name in plan.slots if isinstance(registry[name], nn.Parameter))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from runtime.machine.kinds import KINDS
@@ -39,3 +41,43 @@ def test_as_uncached(name: str, tally: Counter[str]) -> None:
         tally["steps"] += Script.steps - before[1]
         tally["kinds"] += 1
     assert Script.steps > before[1]
+
+
+# In the middle of a forward: one after the other, what the scripts leave out.
+
+
+def outcome_of_tap(name: str, how: str, at: int) -> None:
+    machine = type("Machine", (Machine,), {"kind": KINDS[name]})()
+    machine.do("forward", "grad", 0)
+    machine.do("backward", -1, -1, False, False, False)
+    machine.do("tapped", how, at, 1)
+    machine.teardown()
+
+
+@pytest.mark.parametrize("how", ["copy", "inference", "set", "fused step"])
+@pytest.mark.parametrize("name", ["net-live", "handwritten-auto"])
+def test_a_read_after_a_write_is_fresh(name: str, how: str) -> None:
+    for at in range(0, 10, 2):
+        outcome_of_tap(name, how, at)
+
+
+@pytest.mark.xfail(strict=True, reason="a graph reads a weight once in a forward")
+@pytest.mark.parametrize("how", ["copy", "inference", "set", "fused step"])
+def test_a_second_read_in_a_graph_is_fresh(how: str) -> None:
+    for at in range(10):
+        outcome_of_tap("net-auto", how, at)
+
+
+@pytest.mark.xfail(strict=True, reason="in the middle of a forward only versions are looked at")
+@pytest.mark.parametrize("name", ["net-live", "handwritten-auto"])
+def test_a_read_after_new_data_is_fresh(name: str) -> None:
+    for at in range(10):
+        outcome_of_tap(name, "data", at)
+
+
+@pytest.mark.xfail(strict=True, reason="the trace of a map leaves out a cast that does nothing without autocast")
+def test_dtype_of_a_map_under_autocast() -> None:
+    subject, _ = KINDS["half-live"].build(0)
+    site: Any = subject.model.get_submodule("orth.parametrizations.weight")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert subject.read(subject.model, "orth.weight").dtype == site[0](site.original).dtype

@@ -13,9 +13,8 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from runtime.machine.models import DTYPE, N, noise
+from torch import Tensor, nn
 
 
 @dataclass(eq=False)

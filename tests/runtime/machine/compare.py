@@ -33,6 +33,9 @@ class Tolerance:
         return torch.allclose(got, expected, rtol=self.each, atol=self.each, equal_nan=True)
 
 
+EXACT = Tolerance()
+
+
 def compare(got: Any, expected: Any, what: str, tolerance: Tolerance) -> None:
     """Raise ``Mismatch`` where two results differ."""
     if isinstance(expected, Tensor) and isinstance(got, Tensor):

@@ -6,13 +6,13 @@ import copy
 from typing import Any
 
 import torch
-
-import fxparam as fxp
 from runtime.machine.compare import Tolerance
 from runtime.machine.models import DTYPE, HEADS, Antisymmetric, Handwritten, Heads, N, Net, Pair, Two, noise, rotation
 from runtime.machine.oracles import HeadsOracle, NetOracle, NoiseOracle, Oracle, SpectralOracle, own
 from runtime.machine.script import Kind
 from runtime.machine.world import World
+
+import fxparam as fxp
 
 
 def oracle_world(oracle: Oracle, dtype: torch.dtype = DTYPE) -> World:
@@ -41,8 +41,8 @@ def net_kind(dtype: torch.dtype = DTYPE, **options: Any) -> Kind:
         "norm.weight": lambda seed: noise(seed, 3, N),
         "enc.weight": lambda seed: noise(seed, 3, N),
     }
-    # A graph reads a weight once: a write between two reads of the same one is not seen there.
-    taps = Kind.taps if options["trace"] == "live" else ("autocast",)
+    # A graph reads a weight once: what changes between two reads of the same one is not seen there.
+    taps = Kind.taps if options["trace"] == "live" else ("autocast",) if dtype == DTYPE else ()
     if dtype == DTYPE:
         return Kind(build, weights, assignable, recompute=recompute, taps=taps)
     return Kind(build, weights, recompute=recompute, taps=taps, tolerance=Tolerance(1e-5, 1e-4), rough=Tolerance(1e-3, 1e-2))
@@ -65,7 +65,9 @@ def heads_kind(**options: Any) -> Kind:
     def build(seed: int) -> tuple[World, World]:
         torch.manual_seed(seed)
         spec = {
-            f"heads.{number}.weight": fxp.custom(Antisymmetric(), init=noise(number, 2, 2)) if number % 8 == 0 else fxp.weight_norm()
+            f"heads.{number}.weight": fxp.custom(Antisymmetric(), init=noise(number, 2, 2))
+            if number % 8 == 0
+            else fxp.weight_norm()
             for number in range(HEADS)
         }
         model = fxp.transform(Heads().double(), spec, **options)

@@ -3,6 +3,8 @@
 Each has a *tap*, a module without effect in the middle of its forward: a hook on it is code that runs between two reads.
 """
 
+# mypy: disable-error-code="operator"
+
 from __future__ import annotations
 
 import torch

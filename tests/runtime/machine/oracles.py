@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from runtime.machine.models import HEADS, PER_OUTPUT, N
+from torch import Tensor, nn
 
 
 def own(name: str) -> str:
@@ -230,8 +229,8 @@ class NoiseOracle(Stateful):
         if at == 0:
             mean = self.latent("first.weight")
         else:
-            latents = (self.latent("second.weight", name) for name in ("original1", "original0"))
-            mean = torch._weight_norm(*latents, 0)
+            v, g = (self.latent("second.weight", name) for name in ("original1", "original0"))
+            mean = torch._weight_norm(v, g, 0)
         if not self.training:
             return mean
         return mean + self.STD * self.drawn[torch.is_autocast_enabled("cpu")][at]

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import torch
 from hypothesis.stateful import precondition, rule
-
 from runtime.machine.models import DTYPE, N
 from runtime.machine.script import Script
 from runtime.machine.world import OPTIMIZERS

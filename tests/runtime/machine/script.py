@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 from hypothesis.stateful import RuleBasedStateMachine
-from torch import Tensor
-
-from runtime.machine.compare import Mismatch, Tolerance, attempt, compare
+from runtime.machine.compare import EXACT, Mismatch, Tolerance, attempt, compare
 from runtime.machine.oracles import Oracle
 from runtime.machine.world import World
+from torch import Tensor
 
 LOST = {"data", "vector", "exchange"}
 """Ways to write after which the autograd of a plain model would mix the old and the new values."""
@@ -45,7 +44,7 @@ class Kind:
     parts: tuple[str, ...] = ()
     stateful: bool = False
     recompute: bool = False
-    tolerance: Tolerance = Tolerance()
+    tolerance: Tolerance = EXACT
     rough: Tolerance | None = None
     taps: tuple[str, ...] = ("copy", "inference", "set", "fused step", "autocast")
 

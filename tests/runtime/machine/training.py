@@ -12,12 +12,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from runtime.machine.base import Base, autocast, grad_mode, in_a_thread
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 
 from fxparam.errors import DeferralError
-from runtime.machine.base import Base, autocast, grad_mode, in_a_thread
 
 
 class Training(Base):

@@ -11,9 +11,8 @@ import zlib
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-
 from runtime.machine.training import Training
+from torch import Tensor, nn
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda held: torch.optim.SGD(held, 0.01, foreach=False),
