@@ -14,8 +14,8 @@ from fxparam.pipeline import training_pipeline
 from fxparam.program import Fragment, Program, Record, Site, run
 from fxparam.program.line import CONSTANTS
 from fxparam.runtime.body import body_module
-from fxparam.runtime.bridge import Component
 from fxparam.runtime.evaluation import Compiler, Evaluation
+from fxparam.runtime.groups import Component
 from fxparam.runtime.plan import Plan
 from fxparam.spec.names import first_names, named_tensors, split
 from fxparam.tracer.delivery import Inline, WeightReader

@@ -24,83 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
+from fxparam.runtime.groups import Component, Group
 from fxparam.runtime.hooks import keep_hooks_quiet
-from fxparam.tracer.hazards import nodes_behind
-
-AGAIN = (
-    "Trying to backward through the graph a second time (or directly access saved tensors after they have already been "
-    "freed). Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). Specify "
-    "retain_graph=True if you need to backward through the graph a second time or if you need to access saved tensors "
-    "after calling backward."
-)
-
-
-_MAX_GROUP = 64
-_MAX_GROUP_ELEMENTS = 2**20
-"""How much shares a node: gradients of a group arrive together, and those of large weights should not wait."""
-
-
-@dataclass(frozen=True, eq=False)
-class Component:
-    """A connected part of the prologue: no other part shares a source or a value with it.
-
-    Attributes:
-        sources: positions of the tensors it reads.
-        values: positions of the values it yields.
-    """
-
-    sources: tuple[int, ...]
-    values: tuple[int, ...]
-
-
-# By identity: leases look themselves up by their group, and there are thousands of leases.
-class Group:
-    """Components whose values cross the bridge in the same nodes.
-
-    Args:
-        components: the components, by their numbers.
-        frees: whether their graphs save tensors; PyTorch lets a graph that saved nothing run again. The same for all of them.
-
-    Attributes:
-        sources: positions of the tensors they read.
-        values: positions of the values they yield.
-        part: for each of these, the number of the component that yields it.
-    """
-
-    def __init__(self, components: Mapping[int, Component], *, frees: bool) -> None:
-        self.components, self.frees = components, frees
-        self.sources = tuple(at for component in components.values() for at in component.sources)
-        self.values = tuple(at for component in components.values() for at in component.values)
-        self.part = tuple(number for number, component in components.items() for _ in component.values)
-
-    def reached(self, gradients: Sequence[Tensor | None]) -> set[int]:
-        """The numbers of the components that these gradients of the values belong to."""
-        return {part for part, gradient in zip(self.part, gradients, strict=True) if gradient is not None}
-
-
-def grouped(components: Sequence[Component], values: Sequence[Tensor]) -> dict[int, Group]:
-    """Groups of the components that train, neighbours together, by the number of the component.
-
-    Args:
-        components: the parts of the prologue.
-        values: what it yielded, with its graph.
-    """
-    result: dict[int, Group] = {}
-    run: dict[int, Component] = {}
-    kind, size = (False, torch.device("cpu")), 0
-    for number, component in enumerate(components):
-        own = [values[at] for at in component.values]
-        if not any(value.requires_grad for value in own):
-            continue
-        own_kind, own_size = (_saves(own), own[0].device), sum(value.numel() for value in own)
-        if own_kind != kind or len(run) == _MAX_GROUP or size + own_size > _MAX_GROUP_ELEMENTS:
-            result |= dict.fromkeys(run, Group(run, frees=kind[0]))
-            run, kind, size = {}, own_kind, 0
-        run[number] = component
-        size += own_size
-    return result | dict.fromkeys(run, Group(run, frees=kind[0]))
+from fxparam.runtime.second_order import AGAIN, differentiated
 
 
 class Values:
@@ -163,7 +91,7 @@ class PrivateGraph:
         wanted = [at for at, need in zip(group.sources, needed, strict=True) if need and at in behind]
         if not pairs or not wanted:
             return [None] * len(needed)
-        found = _differentiated(
+        found = differentiated(
             [value for value, _ in pairs],
             [gradient for _, gradient in pairs],
             [self.edges[at] for at in wanted],
@@ -176,69 +104,6 @@ class PrivateGraph:
             if at not in given:
                 keep_hooks_quiet(self.sources[at])
         return [given.get(at) if need else None for at, need in zip(group.sources, needed, strict=True)]
-
-
-def _differentiated(
-    values: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    edges: Sequence[GradientEdge | None],
-    inputs: Sequence[Tensor],
-) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad`` of private values to private edges, connected to the public tensors behind these."""
-    if torch.is_grad_enabled():
-        return Derivative.apply(values, edges, len(gradients), *gradients, *inputs)
-    return torch.autograd.grad(values, edges, gradients, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
-
-
-class Derivative(torch.autograd.Function):
-    """Gradients that are differentiated again. Arguments: the values, the edges, how many gradients, these, and the tensors
-    behind the edges.
-
-    A second-order backward goes through the graph of the first order as well, and frees it if it is not to keep it. That graph
-    is shared with other forwards; so the second order is private, too, and the third.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Sequence[Tensor], edges: Sequence[GradientEdge], number: int, *tensors: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients, without their graph."""
-        ctx.set_materialize_grads(False)
-        with torch.enable_grad():
-            given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors[:number]]
-            found = torch.autograd.grad(values, edges, given, create_graph=True, allow_unused=True)
-        ctx.found, ctx.tensors = found, tensors
-        ctx.edges = (*(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in given), *edges)
-        results = tuple(None if gradient is None else gradient.detach() for gradient in found)
-        fixed = (result for result, one in zip(results, found, strict=True) if one is not None and not one.requires_grad)
-        ctx.mark_non_differentiable(*fixed)
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        """Runs the private graph of the second order."""
-        if ctx.found is None:
-            raise RuntimeError(AGAIN)
-        pairs = [
-            (one, gradient)
-            for one, gradient in zip(ctx.found, gradients, strict=True)
-            if one is not None and one.requires_grad and gradient is not None
-        ]
-        needed = ctx.needs_input_grad[3:]
-        wanted = [at for at, need in enumerate(needed) if need]
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.found = None
-        if not pairs or not wanted:
-            return (None, None, None, *(None for _ in needed))
-        found = iter(
-            _differentiated(
-                [one for one, _ in pairs],
-                [gradient for _, gradient in pairs],
-                [ctx.edges[at] for at in wanted],
-                [ctx.tensors[at] for at in wanted],
-            )
-        )
-        return (None, None, None, *(next(found) if need else None for need in needed))
 
 
 class Refresh(torch.autograd.Function):
@@ -316,14 +181,6 @@ def aliases_of(values: Sequence[Tensor], ctx: Any) -> tuple[Tensor, ...]:
     if fixed := [alias for alias, value in zip(aliases, values, strict=True) if not value.requires_grad]:
         ctx.mark_non_differentiable(*fixed)
     return aliases
-
-
-def _saves(values: Sequence[Tensor]) -> bool:
-    """Whether any node behind these values saved a tensor for its backward; nodes of Python functions are taken to."""
-    return any(
-        isinstance(node, torch.autograd.function.BackwardCFunction) or any(name.startswith("_raw_saved_") for name in dir(node))
-        for node in nodes_behind(values)
-    )
 
 
 def private_aliases(sources: Sequence[Tensor], *, graph: bool) -> tuple[list[Tensor], list[GradientEdge | None]]:

@@ -21,7 +21,8 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.nn.parallel import DistributedDataParallel
 
 from fxparam.errors import DeferralError, FxparamError
-from fxparam.runtime.bridge import Account, Group, Leased, Published, Values, aliases_of
+from fxparam.runtime.bridge import Account, Leased, Published, Values, aliases_of
+from fxparam.runtime.groups import Group
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -10,7 +10,7 @@ import torch._functorch.config
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from fxparam.runtime.bridge import Component
+from fxparam.runtime.groups import Component
 from fxparam.runtime.modes import written_in_place
 
 Compiler = Callable[[fx.GraphModule], Callable[..., Any]]

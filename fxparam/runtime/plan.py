@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxparam.program import Program
-from fxparam.runtime.bridge import Component, Group
 from fxparam.runtime.evaluation import Evaluation
+from fxparam.runtime.groups import Component, Group
 from fxparam.tracer.symbolic import TracedBody, kind_of
 from fxparam.tracer.watch import Watch
 

@@ -20,11 +20,12 @@ from fxparam.errors import DeferralError, StaleWeightsError
 from fxparam.program import Site
 from fxparam.runtime import steps
 from fxparam.runtime.alarms import Alarms
-from fxparam.runtime.bridge import PrivateGraph, Published, grouped, private_aliases
+from fxparam.runtime.bridge import PrivateGraph, Published, private_aliases
 from fxparam.runtime.deferral import Block, refuse_sharded, refuse_shards
 from fxparam.runtime.draws import Draws
 from fxparam.runtime.entry import Entry, Frame, InlineFrame, requires_grad_of, versions_of
 from fxparam.runtime.evaluation import Compiler
+from fxparam.runtime.groups import grouped
 from fxparam.runtime.modes import autocast_state, in_functorch, under_a_transform, undisturbed
 from fxparam.runtime.plan import Plan
 from fxparam.runtime.planner import Planner
