@@ -9,26 +9,24 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxparam.errors import DeferralError, StaleWeightsError
+from fxparam.errors import DeferralError
 from fxparam.program import Site
 from fxparam.runtime import steps
 from fxparam.runtime.alarms import Alarms
-from fxparam.runtime.bridge import PrivateGraph, Published, private_aliases
-from fxparam.runtime.deferral import Block, refuse_sharded, refuse_shards
-from fxparam.runtime.draws import Draws
-from fxparam.runtime.entry import Entry, Frame, InlineFrame, requires_grad_of, versions_of
+from fxparam.runtime.deferral import Block, refuse_sharded
+from fxparam.runtime.entry import Entry, Frame, InlineFrame
 from fxparam.runtime.evaluation import Compiler
-from fxparam.runtime.groups import grouped
-from fxparam.runtime.modes import autocast_state, in_functorch, under_a_transform, undisturbed
+from fxparam.runtime.modes import autocast_state, in_functorch, under_a_transform
 from fxparam.runtime.plan import Plan
 from fxparam.runtime.planner import Planner
+from fxparam.runtime.refreshing import Refresher, compare
 from fxparam.runtime.stats import Stats
 from fxparam.tracer.delivery import Inline, binding_of
 from fxparam.tracer.looking import present_values
@@ -61,11 +59,12 @@ class Runtime:
         self.inline = Inline()
         self.reached: set[str] = set()
         self._alarms = Alarms()
+        self._checking = os.environ.get("FXPARAM_CHECK", "") not in ("", "0")
         self._planner = Planner(self, self.inline, root, sites, trace=trace, why_live=why_live, recompute=recompute)
+        self._refresher = Refresher(self._planner, self._alarms, self.stats, self.reached, always_look=self._checking)
         # By autocast state: a forward that switches autocast inside reads two of them.
         self._entries: dict[object, Entry] = {}
         self._steps = 0
-        self._checking = os.environ.get("FXPARAM_CHECK", "") not in ("", "0")
         self._lock = threading.RLock()
         self._local = threading.local()
         self._blocks: weakref.WeakSet[Block] = weakref.WeakSet()
@@ -258,7 +257,7 @@ class Runtime:
             if entry.draws is not None and torch._C._current_graph_task_id() != -1:
                 entry.draws.replay()
             if self._checking:
-                self._recompute_and_compare(entry)
+                compare(entry)
             return Frame(entry, self._block())
         if any(not isinstance(registry.get(name), nn.Parameter) for registry, name in self._planner.parameters):
             # functional_call and replicas put other tensors in place of the parameters for a while.
@@ -286,7 +285,7 @@ class Runtime:
             if other.modes[-1] == modes[-1] and other.is_current(other.modes, self._steps)
         }
         self._entries = kept
-        new = self._refresh(next(iter(kept.values()), None), stepped=stepped)
+        new = self._refresher.refresh(next(iter(kept.values()), None), modes, self._steps, stepped=stepped)
         self._entries = {**kept, modes: new}
         return new
 
@@ -330,86 +329,6 @@ class Runtime:
 
     def _modes(self) -> tuple[object, ...]:
         return (*autocast_state(), self.root.training)
-
-    def _refresh(self, other: Entry | None, *, stepped: bool) -> Entry:
-        """A new entry.
-
-        Args:
-            other: another entry in use, for another autocast state: it shares what has received a gradient, and what was drawn.
-            stepped: whether an optimizer step is what made it necessary.
-        """
-        refuse_shards(tensor for module in self._planner.maps for tensor in module._parameters.values() if tensor is not None)
-        plan = self.plan
-        sources = [registry[name] for registry, name in plan.slots]
-        refuse_shards(sources)
-        training = self.root.training or any(module.training for module in self._planner.homes)
-        graph = any(map(requires_grad_of, sources)) and (torch.is_grad_enabled() or training)
-        stats, reached = self.stats, self.reached
-        received = {} if other is None else other.received
-
-        # Neither the runtime nor the entry: autograd nodes hold this, and the garbage collector cannot see through them.
-        def on_backward(components: int, values: Sequence[int], given: Sequence[Tensor], at: Sequence[int]) -> None:
-            stats.backwards += components
-            # At the end of the pass: until then gradients are on their way, and a forward of another thread must not miss them.
-            arrived = dict(zip(map(id, given), given, strict=True))
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: received.update(arrived))
-            reached.update([plan.values[one] for one in values], [plan.sources[one] for one in at])
-
-        drawing = Draws.around(None if other is None else other.draws) if plan.draws else nullcontext()
-        with drawing as draws:
-            values, edges = self._evaluate(plan, sources, graph=graph, look=not stepped)
-        # A map with a state may have put new buffers in the place of those it read.
-        sources = [registry[name] for registry, name in plan.slots]
-        modes, trainable = self._modes(), list(map(requires_grad_of, sources))
-        kind = (graph, modes, *trainable)
-        if kind not in plan.groups:
-            plan.groups[kind] = grouped(plan.components, values)
-        return Entry(
-            plan=plan,
-            published=Published(PrivateGraph(edges, sources, on_backward), values, plan.components, plan.groups[kind], sources),
-            sources=sources,
-            modes=modes,
-            steps=self._steps,
-            graph=graph,
-            addresses=list(map(Tensor.data_ptr, sources)),
-            versions=versions_of(sources),
-            trainable=trainable,
-            weight_versions=versions_of(values),
-            storages=[source.untyped_storage() for source in sources],
-            received=received,
-            draws=draws,
-        )
-
-    def _evaluate(self, plan: Plan, sources: Sequence[Tensor], *, graph: bool, look: bool) -> Any:
-        """Run the prologue; returns its values and the gradient edges of the sources' private aliases."""
-        self.stats.refreshes += 1
-        with undisturbed(graph=graph):
-            aliases, edges = private_aliases(sources, graph=graph)
-            try:
-                values = plan.evaluation(aliases)
-            except Exception as error:
-                if explained := self._alarms.explain(self.sites, error, plan.sources, sources):
-                    raise explained from error
-                raise
-            if look or self._checking or self._alarms.due(self.stats.refreshes):
-                # Of frozen ones only where nothing trains: the weights under an adapter are large, and stay what they are.
-                named = [(n, s) for n, s in zip(plan.sources, sources, strict=True) if s.requires_grad or not graph]
-                self._alarms.look(self.sites, [name for name, _ in named], [source for _, source in named])
-        return values, edges
-
-    def _recompute_and_compare(self, entry: Entry) -> None:
-        """``FXPARAM_CHECK=1``: what the cache hands out must be what the latents give now, where computing it has no effect."""
-        plan = entry.plan
-        part = plan.evaluation.part(plan.repeatable)
-        with undisturbed(graph=False):
-            sources = [registry[name].detach() for registry, name in plan.slots]
-            now = part.module(*(sources[at] for at in part.sources))
-        for at, new in zip(part.values, now, strict=True):
-            if not torch.equal(entry.published.values[at].detach().nan_to_num(), new.nan_to_num()):
-                raise StaleWeightsError(
-                    f"{plan.values[at]} was cached, and its latents give another value now: they were written in a way that "
-                    "moves neither version nor storage (p.data.add_, a numpy view); call model.invalidate() after such a write"
-                )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a runtime is rebuilt, not copied")
