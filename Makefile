@@ -53,7 +53,7 @@ examples: $(READY) ## the code in README.md, docs/, docstrings and examples/
 packaging: $(READY) ## wheel and sdist, built, compared, installed
 	$(PYTEST) tests/test_packaging.py
 
-fuzz: $(READY) ## the property tests with many new examples; SEED=n starts elsewhere
+fuzz: $(READY) ## the property tests and the state machine with many new examples; SEED=n starts elsewhere
 	FXPARAM_PROFILE=large $(PYTEST) -n $(WORKERS) -m "hypothesis and not zoo" --hypothesis-seed=$(SEED)
 
 bench: $(READY) ## the measurements behind the figures in the documentation

@@ -48,14 +48,16 @@ def tally(pytestconfig: pytest.Config) -> Counter[str]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of xdist hands its counts over."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["tally"] = dict(session.config.stash[_TALLY])
+        count: Counter[str] = session.config.stash[_TALLY]
+        session.config.workeroutput["tally"] = dict(count)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """A worker has ended, or crashed and left nothing."""
     count: Counter[str] = node.config.stash[_TALLY]
-    count.update(getattr(node, "workeroutput", {}).get("tally", {}))
+    for name, number in getattr(node, "workeroutput", {}).get("tally", {}).items():
+        count[name] += number
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -36,6 +36,7 @@ class Block:
         self.anchor = torch.zeros((), requires_grad=True)
         self._sums: dict[Published, dict[int, Tensor]] = {}
         self._parallel: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+        self._looked_at: weakref.WeakSet[Published] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     def lease(self, published: Published, number: int) -> Leased:
@@ -45,7 +46,9 @@ class Block:
         Raises:
             DeferralError: the latents are sharded (FSDP2).
         """
-        refuse_sharded(published.sources)
+        if published not in self._looked_at:
+            refuse_sharded(published.sources)
+            self._looked_at.add(published)
         with torch.inference_mode(False):
             parallel = DistributedDataParallel._active_ddp_module
             if parallel is not None:
@@ -73,9 +76,13 @@ class Block:
         with self._lock, torch.no_grad():
             sums = self._sums.setdefault(published, {})
             for position, gradient in zip(at, gradients, strict=True):
-                if gradient is not None:
-                    wide = gradient.float() if gradient.dtype in _HALF else gradient
-                    sums[position] = sums[position] + wide if position in sums else wide.detach().clone()
+                if gradient is None:
+                    continue
+                wide = torch.float32 if gradient.dtype in _HALF else gradient.dtype
+                if position in sums:
+                    sums[position] = _plus(sums[position], gradient)
+                else:
+                    sums[position] = gradient.detach().to(wide, copy=True)
         if not self.open:
             # A loss of the block whose backward comes after it.
             torch.autograd.Variable._execution_engine.queue_callback(self.flush)
@@ -133,6 +140,13 @@ class Block:
                             outputs.append(output)
                             gradients.append(found[position].to(output.dtype))
             torch.autograd.backward(outputs, gradients)
+
+
+def _plus(total: Tensor, gradient: Tensor) -> Tensor:
+    """The sum, in place where that is possible: ``total`` is our own. PyTorch adds sparse tensors to dense ones only."""
+    if not total.is_sparse:
+        return total.add_(gradient)
+    return total + gradient if gradient.is_sparse else gradient + total
 
 
 class _Deferred(torch.autograd.Function):

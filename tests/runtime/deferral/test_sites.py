@@ -158,3 +158,30 @@ def test_compiled(how: str) -> None:
         check(grads(model), grads(oracle))
     # torch.compile computes the weights in its graph, and has nothing to defer.
     assert model.stats.backwards == (4 if how == "model.compile" else 0)
+
+
+class Rows(nn.Module):
+    """Sparse gradients of the rows that are looked up, dense ones of the whole table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4, sparse=True, dtype=torch.float64)
+
+    def forward(self, index: Tensor, whole: bool) -> Tensor:
+        return self.table.weight.sin().sum() if whole else self.table(index).square().sum()
+
+
+@pytest.mark.parametrize("order", [(False, False), (False, False, True), (True, False, False), (False, True, False)])
+def test_sparse_and_dense_gradients_of_one_weight(order: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    plain = Rows()
+    model = fxp.transform(plain, {"table.weight": lambda latent: latent * 1.0}, trace="live", copy=True)
+    index = torch.tensor([0, 2, 2])
+    for whole in order:
+        plain(index, whole).backward()
+    with model.defer_backward():
+        for whole in order:
+            model(index, whole).backward()
+    got, want = model.get_parameter("table.parametrizations.weight.original").grad, plain.table.weight.grad
+    assert got is not None and want is not None
+    torch.testing.assert_close(got.to_dense(), want.to_dense(), rtol=1e-12, atol=1e-12)

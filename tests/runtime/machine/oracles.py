@@ -55,7 +55,7 @@ class Oracle(nn.Module):
             self.register_buffer(own(name), buffer.clone())
         self.tap = nn.Identity()
         self.recompute = recompute
-        self.found: dict[Any, dict[str, Tensor]] = {}
+        self.found: dict[tuple[bool, str], Tensor] = {}
         self.reads: list[Tensor] = []
 
     def __getitem__(self, name: str) -> Tensor:

@@ -162,7 +162,10 @@ class World(Writing):
         self.handles = [] if all_of_them else self.handles[1:]
 
     def convert(self, swapping: bool) -> None:
-        """To the other precision and back, in place or by swapping the parameters."""
+        """To the other precision and back, in place or by swapping the parameters: a transformed model, which holds no graph
+        then. Plain modules may well refuse because something of an earlier backward is not collected yet.
+        """
+        swapping = swapping and hasattr(self.model, "defer_backward")
         gc.collect()
         other = torch.float32 if self.dtype == torch.float64 else torch.float64
         before = torch.__future__.get_swap_module_params_on_conversion()
