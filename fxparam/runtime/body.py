@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxparam.program import Program
 from fxparam.program.line import CONSTANTS, HOISTED
+from fxparam.program.program import copy_graph
 from fxparam.spec.names import split
 from fxparam.tracer.delivery import Inline, WeightReader, binding_of
 
@@ -42,8 +43,21 @@ def body_module(
         setattr(type(body), local, getattr(type(root), local))
         body.__dict__["_fxparam_binding"] = binding
     body.training = root.training
-    body.graph = program.body
+    body.graph = _reading_late(program.body)
     return body
+
+
+def _reading_late(graph: fx.Graph) -> fx.Graph:
+    """Each read directly before its use: a module that the graph only calls may have hooks, which may write what is read."""
+    if not any(node.op == "call_module" for node in graph.nodes):
+        return graph
+    late, _ = copy_graph(graph)
+    for node in [node for node in late.nodes if node.op == "get_attr"]:
+        for user in list(node.users):
+            with late.inserting_before(user):
+                user.replace_input_with(node, late.node_copy(node))
+        late.erase_node(node)
+    return late
 
 
 class _Reader(nn.Module):

@@ -124,7 +124,8 @@ class Frame:
                 return None
             sources, versions = entry.sources, entry.versions
             for source in entry.plan.components[number].sources:
-                if sources[source]._version != versions[source]:
+                now = sources[source]
+                if now._version != versions[source] or now.data_ptr() != entry.addresses[source]:
                     return None
         except RuntimeError:
             # Inference tensors have no version; what was read of them at the beginning of a forward holds to its end.

@@ -25,11 +25,14 @@ def autocast_state() -> Autocast:
 
 
 @contextmanager
-def without_autocast() -> Iterator[None]:
-    """Autocast is off inside the block."""
-    gpu = torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
-    with torch.autocast("cpu", enabled=False), gpu:
+def without_autocast_cache() -> Iterator[None]:
+    """Inside the block autocast keeps no casts: they would outlive what is only looked at."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
         yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager

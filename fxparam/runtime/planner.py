@@ -12,7 +12,7 @@ from torch import nn
 from fxparam.program import Site
 from fxparam.runtime.assembly import Options, make_plan
 from fxparam.runtime.evaluation import Compiler
-from fxparam.runtime.modes import undisturbed, without_autocast
+from fxparam.runtime.modes import autocast_state, undisturbed, without_autocast_cache
 from fxparam.runtime.plan import Plan
 from fxparam.tracer.delivery import Inline, WeightReader
 from fxparam.tracer.site import SiteModule
@@ -109,7 +109,8 @@ class Planner:
         modules, registries = self._flat
         tensors = (tensor for registry in registries for tensor in registry.values() if tensor is not None)
         flags = tuple(module.training for module in modules)
-        return (self.trace, torch.get_default_dtype(), flags, tuple((t.shape, t.dtype, t.device) for t in tensors))
+        kinds = tuple((t.shape, t.dtype, t.device) for t in tensors)
+        return (self.trace, torch.get_default_dtype(), autocast_state(), flags, kinds)
 
     def _made(self, before: Plan | None) -> Plan:
         if before is not None and before.traced is not None:
@@ -122,7 +123,7 @@ class Planner:
             self._plans.clear()
         if self.forget_replaced():
             self._plans.clear()
-        with undisturbed(graph=torch.is_grad_enabled()), without_autocast():
+        with undisturbed(graph=torch.is_grad_enabled()), without_autocast_cache():
             plan = make_plan(
                 self.root,
                 self.sites,

@@ -130,9 +130,7 @@ def test_a_write_between_forward_and_backward_is_refused() -> None:
     loss = model(X).sum()
     with torch.no_grad():
         model.latents()["first.parametrizations.weight.original"].mul_(2.0)
-    with pytest.raises(
-        RuntimeError, match="modified by an inplace operation"
-    ):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 

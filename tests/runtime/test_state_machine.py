@@ -61,21 +61,18 @@ def test_a_read_after_a_write_is_fresh(name: str, how: str) -> None:
         outcome_of_tap(name, how, at)
 
 
-@pytest.mark.xfail(strict=True, reason="a graph reads a weight once in a forward")
 @pytest.mark.parametrize("how", ["copy", "inference", "set", "fused step"])
 def test_a_second_read_in_a_graph_is_fresh(how: str) -> None:
     for at in range(10):
         outcome_of_tap("net-auto", how, at)
 
 
-@pytest.mark.xfail(strict=True, reason="in the middle of a forward only versions are looked at")
 @pytest.mark.parametrize("name", ["net-live", "handwritten-auto"])
 def test_a_read_after_new_data_is_fresh(name: str) -> None:
     for at in range(10):
         outcome_of_tap(name, "data", at)
 
 
-@pytest.mark.xfail(strict=True, reason="the trace of a map leaves out a cast that does nothing without autocast")
 def test_dtype_of_a_map_under_autocast() -> None:
     subject, _ = KINDS["half-live"].build(0)
     site: Any = subject.model.get_submodule("orth.parametrizations.weight")

@@ -41,11 +41,9 @@ def net_kind(dtype: torch.dtype = DTYPE, **options: Any) -> Kind:
         "norm.weight": lambda seed: noise(seed, 3, N),
         "enc.weight": lambda seed: noise(seed, 3, N),
     }
-    # A graph reads a weight once: what changes between two reads of the same one is not seen there.
-    taps = Kind.taps if options["trace"] == "live" else ("autocast",) if dtype == DTYPE else ()
     if dtype == DTYPE:
-        return Kind(build, weights, assignable, recompute=recompute, taps=taps)
-    return Kind(build, weights, recompute=recompute, taps=taps, tolerance=Tolerance(1e-5, 1e-4), rough=Tolerance(1e-3, 1e-2))
+        return Kind(build, weights, assignable, recompute=recompute)
+    return Kind(build, weights, recompute=recompute, tolerance=Tolerance(1e-5, 1e-4), rough=Tolerance(1e-3, 1e-2))
 
 
 def handwritten_kind(**options: Any) -> Kind:

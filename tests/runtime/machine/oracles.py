@@ -124,8 +124,8 @@ class NetOracle(Oracle):
         lower = self.latent("orth.weight").tril()
         skew, eye = lower - lower.mT, torch.eye(N, dtype=lower.dtype)
         cayley = torch.linalg.solve(eye - skew / 2, eye + skew / 2)
-        # Of half precision under autocast.
-        return [self.latent("orth.weight", "0.base") @ cayley]
+        # A product of half precision under autocast, and a weight of the latent's.
+        return [(self.latent("orth.weight", "0.base") @ cayley).to(lower.dtype)]
 
     def weight_norm(self, name: str) -> Tensor:
         return torch._weight_norm(self.latent(name, "original1"), self.latent(name, "original0"), 0)

@@ -46,7 +46,7 @@ class Kind:
     recompute: bool = False
     tolerance: Tolerance = EXACT
     rough: Tolerance | None = None
-    taps: tuple[str, ...] = ("copy", "inference", "set", "fused step", "autocast")
+    taps: tuple[str, ...] = ("copy", "data", "inference", "set", "fused step", "autocast")
 
 
 class Script(RuleBasedStateMachine):
