@@ -6,7 +6,7 @@ An entry is current while all of this holds, checked without a lock once per roo
 - no optimizer that holds one of them has stepped (fused optimizers do not move the version);
 - train or eval, autocast, the options of the maps are as they were;
 - nobody wrote to a weight;
-- every latent that a backward gave a gradient still has one: ``zero_grad`` ends a step that no hook reported.
+- every latent that a backward gave a gradient still has the same: ``zero_grad`` ends a step that no hook reported.
 
 Grad mode is not part of it: in training the private graph is built under ``no_grad`` as well.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 from fxparam.runtime.bridge import Leased, Published
 from fxparam.runtime.deferral import Block
 from fxparam.runtime.draws import Draws
+from fxparam.runtime.hooks import Stamp, gradient_stamp
 from fxparam.runtime.plan import Plan
 
 _LOWERED = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,7 +51,7 @@ class Entry:
     published: Published
     sources: list[Tensor]
     modes: tuple[object, ...]
-    steps: int
+    generation: int
     graph: bool
     addresses: list[int]
     versions: list[int]
@@ -59,15 +60,17 @@ class Entry:
     # Keeps the storages: a freed one could be reused at the same address.
     storages: list[Any] = field(default_factory=list)
     # By id; shared with the entries of other autocast states.
-    received: dict[int, Tensor] = field(default_factory=dict)
+    received: dict[int, tuple[Tensor, Stamp]] = field(default_factory=dict)
     draws: Draws | None = None
+    # Copies of latents that are views into a larger storage: it may be written as a whole, which moves no version of theirs.
+    snapshots: dict[int, Tensor] = field(default_factory=dict)
 
-    def is_current(self, modes: tuple[object, ...], steps: int) -> bool:
+    def is_current(self, modes: tuple[object, ...], generation: int) -> bool:
         """Whether nothing changed since the refresh that the weights depend on.
 
         Args:
             modes: autocast state and train or eval now.
-            steps: optimizer steps seen so far.
+            generation: that of the runtime.
         """
         try:
             sources = [registry[name] for registry, name in self.plan.slots]
@@ -76,12 +79,13 @@ class Entry:
                 and list(map(version_of, sources)) == self.versions
                 and list(map(Tensor.data_ptr, sources)) == self.addresses
                 and list(map(requires_grad_of, sources)) == self.trainable
-                and steps == self.steps
+                and generation == self.generation
                 and modes == self.modes
                 and (self.graph or not torch.is_grad_enabled() or not any(self.trainable))
                 and list(map(version_of, self.published.values)) == self.weight_versions
                 and self.plan.holds()
                 and self._gradients_kept()
+                and all(torch.equal(sources[at], then) for at, then in self.snapshots.items())
             )
         except (KeyError, RuntimeError):
             # A source was taken away, or is an inference tensor, which has no version: nobody knows whether it was written.
@@ -98,7 +102,10 @@ class Entry:
         # In the middle of a backward (a checkpoint that computes again) gradients are still on their way.
         if not self.received or torch._C._current_graph_task_id() != -1:
             return True
-        return not any(source.grad is None and source.is_leaf for source in self.received.values())
+        return all(
+            not source.is_leaf or (source.grad is not None and gradient_stamp(source) == then)
+            for source, then in list(self.received.values())
+        )
 
 
 class Frame:

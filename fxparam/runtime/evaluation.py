@@ -59,6 +59,8 @@ class Evaluation:
         if compiler is not None:
             rest = Part(_compiled(rest.module, compiler), rest.sources, rest.values)
         self._parts = (rest, *(Part(_recomputing(part.module), part.sources, part.values) for part in parts))
+        # Compiled operations round in other ways than the same one by one.
+        self.exact = compiler is None
         self._size = sum(len(component.values) for component in components)
 
     def __call__(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -28,7 +28,6 @@ class Component:
     values: tuple[int, ...]
 
 
-# By identity: leases look themselves up by their group, and there are thousands of leases.
 class Group:
     """Components whose values cross the bridge in the same nodes.
 

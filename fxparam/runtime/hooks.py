@@ -10,21 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+Stamp = tuple[int | None, int]
 
 
 def keep_hooks_quiet(latent: Tensor) -> None:
     """The present backward pass has no gradient for ``latent``, as far as one node knows: its hooks must not hear of it."""
     if hooks := latent._backward_hooks:
         for key, hook in hooks.items():
-            if not isinstance(hook, _OnGradient):
+            if not isinstance(hook, _OnGradient) and not _counts_visits(hook):
                 hooks[key] = _OnGradient(hook)
     if after := latent._post_accumulate_grad_hooks:
         for key, hook in after.items():
             if not isinstance(hook, _OnAccumulation):
                 hook = after[key] = _OnAccumulation(hook)
             # Another node may still bring one: then it is another gradient when the hook is called.
-            hook.unless = _stamp(latent)
+            hook.unless = (torch._C._current_graph_task_id(), gradient_stamp(latent))
 
 
 class _OnGradient:
@@ -41,7 +44,7 @@ class _OnAccumulation:
     """A hook after accumulation that is not called where nothing was accumulated.
 
     Attributes:
-        unless: the state of the gradient before; the hook is not called, once, while it is the same.
+        unless: the backward pass and the state of the gradient before; in it the hook is not called while that is the same.
     """
 
     def __init__(self, hook: Callable[[Tensor], None]) -> None:
@@ -50,10 +53,16 @@ class _OnAccumulation:
 
     def __call__(self, latent: Tensor) -> None:
         unless, self.unless = self.unless, None
-        if _stamp(latent) != unless:
+        if (torch._C._current_graph_task_id(), gradient_stamp(latent)) != unless:
             self.hook(latent)
 
 
-def _stamp(latent: Tensor) -> tuple[Any, ...]:
+def _counts_visits(hook: Any) -> bool:
+    """Whether it belongs to ``register_multi_grad_hook``, which waits for every latent the engine visits, and takes None."""
+    return getattr(hook, "__module__", "") == "torch.autograd.graph" and hook.__name__ == "inner_hook"
+
+
+def gradient_stamp(latent: Tensor) -> Stamp:
+    """Another value wherever the gradient of a latent is another, or has been written."""
     gradient = latent.grad
     return (None, 0) if gradient is None else (id(gradient), gradient._version)

@@ -16,6 +16,7 @@ from fxparam.runtime.deferral import refuse_shards
 from fxparam.runtime.draws import Draws
 from fxparam.runtime.entry import Entry, requires_grad_of, versions_of
 from fxparam.runtime.groups import grouped
+from fxparam.runtime.hooks import Stamp, gradient_stamp
 from fxparam.runtime.modes import undisturbed
 from fxparam.runtime.plan import Plan
 from fxparam.runtime.planner import Planner
@@ -37,13 +38,13 @@ class Refresher:
         self.planner, self.alarms, self.stats, self.reached = planner, alarms, stats, reached
         self.always_look = always_look
 
-    def refresh(self, other: Entry | None, modes: tuple[object, ...], steps: int, *, stepped: bool) -> Entry:
+    def refresh(self, other: Entry | None, modes: tuple[object, ...], generation: int, *, stepped: bool) -> Entry:
         """A new entry.
 
         Args:
             other: another entry in use, for another autocast state: it shares what has received a gradient, and what was drawn.
             modes: autocast state and train or eval now.
-            steps: optimizer steps seen so far.
+            generation: that of the runtime at the beginning.
             stepped: whether an optimizer step is what made it necessary.
         """
         maps = self.planner.maps
@@ -73,7 +74,7 @@ class Refresher:
             published=Published(private, values, plan.components, plan.groups[kind], sources),
             sources=sources,
             modes=modes,
-            steps=steps,
+            generation=generation,
             graph=graph,
             addresses=list(map(Tensor.data_ptr, sources)),
             versions=versions,
@@ -82,17 +83,19 @@ class Refresher:
             storages=[source.untyped_storage() for source in sources],
             received=received,
             draws=draws,
+            snapshots={at: source.detach().clone() for at, source in enumerate(sources) if _is_part(source)},
         )
 
-    def _on_backward(self, plan: Plan, received: dict[int, Tensor]) -> Any:
+    def _on_backward(self, plan: Plan, received: dict[int, tuple[Tensor, Stamp]]) -> Any:
         # Neither the runtime nor the entry: autograd nodes hold this, and the garbage collector cannot see through them.
         stats, reached, value_names, source_names = self.stats, self.reached, plan.values, plan.sources
 
         def on_backward(components: int, values: Sequence[int], given: Sequence[Tensor], at: Sequence[int]) -> None:
             stats.backwards += components
             # At the end of the pass: until then gradients are on their way, and a forward of another thread must not miss them.
-            arrived = dict(zip(map(id, given), given, strict=True))
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: received.update(arrived))
+            torch.autograd.Variable._execution_engine.queue_callback(
+                lambda: received.update({id(one): (one, gradient_stamp(one)) for one in given})
+            )
             reached.update([value_names[one] for one in values], [source_names[one] for one in at])
 
         return on_backward
@@ -111,7 +114,11 @@ class Refresher:
                 raise
             if look or self.always_look or self.alarms.due(self.stats.refreshes):
                 # Of frozen ones only where nothing trains: the weights under an adapter are large, and stay what they are.
-                named = [(n, s) for n, s in zip(plan.sources, sources, strict=True) if s.requires_grad or not graph]
+                named = [
+                    (name, source)
+                    for name, source in zip(plan.sources, sources, strict=True)
+                    if isinstance(source, nn.Parameter) and (source.requires_grad or not graph)
+                ]
                 self.alarms.look(sites, [name for name, _ in named], [source for _, source in named])
         return values, edges
 
@@ -128,8 +135,19 @@ def compare(entry: Entry) -> None:
         sources = [registry[name].detach() for registry, name in plan.slots]
         now = part.module(*(sources[at] for at in part.sources))
     for at, new in zip(part.values, now, strict=True):
-        if not torch.equal(entry.published.values[at].detach().nan_to_num(), new.nan_to_num()):
+        old = entry.published.values[at].detach().nan_to_num()
+        if not (
+            torch.equal(old, new.nan_to_num()) if plan.evaluation.exact else torch.allclose(old, new.nan_to_num(), 1e-3, 1e-5)
+        ):
             raise StaleWeightsError(
-                f"{plan.values[at]} was cached, and its latents give another value now: they were written in a way that "
-                "moves neither version nor storage (p.data.add_, a numpy view); call model.invalidate() after such a write"
+                f"{plan.values[at]} was cached, and its latents give another value now: they, or the weight itself, were "
+                "written in a way that moves neither version nor storage (p.data.add_, weight.data.clamp_, a numpy view); call "
+                "model.invalidate() after such a write"
             )
+
+
+def _is_part(source: Tensor) -> bool:
+    """Whether a latent is a view into a larger storage: a flat buffer of all parameters, say."""
+    if not isinstance(source, nn.Parameter) or source.is_meta or source.is_sparse:
+        return False
+    return source.untyped_storage().nbytes() > source.numel() * source.element_size()

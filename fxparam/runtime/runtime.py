@@ -64,7 +64,9 @@ class Runtime:
         self._refresher = Refresher(self._planner, self._alarms, self.stats, self.reached, always_look=self._checking)
         # By autocast state: a forward that switches autocast inside reads two of them.
         self._entries: dict[object, Entry] = {}
-        self._steps = 0
+        # Moves where weights must be computed anew though nothing about the latents tells.
+        self._generation = 0
+        self._has_optimizer = False
         self._lock = threading.RLock()
         self._local = threading.local()
         self._blocks: weakref.WeakSet[Block] = weakref.WeakSet()
@@ -125,7 +127,7 @@ class Runtime:
             return self._frame()
         modes = self._modes()
         fitting = frame.others.get(modes, frame) if frame.others else frame
-        if fitting.entry.modes == modes and fitting.entry.steps == self._steps:
+        if fitting.entry.modes == modes and fitting.entry.generation == self._generation:
             return fitting
         other = self._frame()
         if isinstance(other, Frame):
@@ -220,6 +222,7 @@ class Runtime:
 
     def drop_entries(self) -> None:
         """Compute the weights anew at the next read."""
+        self._generation += 1
         entries, self._entries = self._entries, {}
         for entry in entries.values():
             self._alarms.lost_writes(self.sites, entry.written())
@@ -236,9 +239,16 @@ class Runtime:
         return held & (own | set(map(id, self.root.parameters())))
 
     def after_step(self, held: frozenset[int], *, unknown: bool) -> None:
-        """An optimizer stepped; see ``fxparam.runtime.steps``. Unknown tensors may be flat or master copies of ours."""
-        if unknown or any(not held.isdisjoint(map(id, entry.sources)) for entry in self._entries.values()):
-            self._steps += 1
+        """An optimizer stepped; see ``fxparam.runtime.steps``.
+
+        It may be that latents have been written which it does not hold: unknown tensors may be flat or master copies of ours,
+        and latents that no optimizer has held so far may follow those of another model (target networks, averages).
+        """
+        own = any(not held.isdisjoint(map(id, entry.sources)) for entry in self._entries.values())
+        self._has_optimizer = self._has_optimizer or own
+        # Without an entry one is being computed, perhaps, in another thread.
+        if own or unknown or not self._has_optimizer or not self._entries:
+            self._generation += 1
 
     def after_fork(self) -> None:
         """In a forked child: another thread may have held the lock, and it does not exist here."""
@@ -252,7 +262,7 @@ class Runtime:
             self.stats.inlined += 1
             return InlineFrame()
         entry = self._entries.get(self._modes())
-        if entry is not None and entry.is_current(self._modes(), self._steps):
+        if entry is not None and entry.is_current(self._modes(), self._generation):
             self.stats.hits += 1
             if entry.draws is not None and torch._C._current_graph_task_id() != -1:
                 entry.draws.replay()
@@ -272,9 +282,9 @@ class Runtime:
         """The current entry for the present modes, evaluated now unless another thread has just done so."""
         modes = self._modes()
         entry = self._entries.get(modes)
-        if entry is not None and entry.is_current(modes, self._steps):
+        if entry is not None and entry.is_current(modes, self._generation):
             return entry
-        stepped = entry is not None and entry.steps != self._steps
+        stepped = entry is not None and entry.generation != self._generation
         if entry is not None:
             self._alarms.lost_writes(self.sites, entry.written())
             del entry
@@ -282,10 +292,10 @@ class Runtime:
         kept = {
             key: other
             for key, other in self._entries.items()
-            if other.modes[-1] == modes[-1] and other.is_current(other.modes, self._steps)
+            if other.modes[-1] == modes[-1] and other.is_current(other.modes, self._generation)
         }
         self._entries = kept
-        new = self._refresher.refresh(next(iter(kept.values()), None), modes, self._steps, stepped=stepped)
+        new = self._refresher.refresh(next(iter(kept.values()), None), modes, self._generation, stepped=stepped)
         self._entries = {**kept, modes: new}
         return new
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Stats:
-    """Counts since the transform.
+    """Counts since the transform. Threads that read at once may lose a few.
 
     Attributes:
         refreshes: evaluations of the prologue.
