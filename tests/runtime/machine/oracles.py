@@ -179,8 +179,8 @@ class HeadsOracle(Oracle):
 class Stateful(Oracle):
     """Something in it moves once for each evaluation of the subject, and only when it is told to."""
 
-    def advance(self, autocast: bool) -> None:
-        """The subject computed its weights, under autocast or not."""
+    def advance(self, autocast: bool, drew: bool) -> None:
+        """The subject computed its weights, under autocast or not, and did or did not move the generator."""
         raise NotImplementedError
 
     def body(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -192,7 +192,7 @@ class SpectralOracle(Stateful):
     """Power iteration."""
 
     @torch.no_grad()
-    def advance(self, autocast: bool) -> None:
+    def advance(self, autocast: bool, drew: bool) -> None:
         for name in ("first.weight", "second.weight"):
             latent, u, v = (self.latent(name, local) for local in ("original", "0._u", "0._v"))
             u.data.copy_(F.normalize(latent @ v, dim=0, eps=1e-12))
@@ -216,11 +216,18 @@ class NoiseOracle(Stateful):
 
     def __init__(self, model: nn.Module, *, recompute: bool = False) -> None:
         super().__init__(model, recompute=recompute)
-        # Evaluations with and without autocast stand side by side, each with its own numbers.
+        # Evaluations with and without autocast stand side by side, with the same numbers within a step.
         self.drawn: dict[bool, tuple[Tensor, Tensor]] = {}
+        self.drawn_for: dict[bool, list[Tensor]] = {}
 
-    def advance(self, autocast: bool) -> None:
-        self.drawn[autocast] = (torch.randn(N, N, dtype=torch.float64), torch.randn(3, N, dtype=torch.float64))
+    def advance(self, autocast: bool, drew: bool) -> None:
+        latents = [parameter.detach().clone() for parameter in self.parameters()]
+        if drew:
+            self.drawn[autocast] = (torch.randn(N, N, dtype=torch.float64), torch.randn(3, N, dtype=torch.float64))
+        else:
+            assert all(map(torch.equal, latents, self.drawn_for[not autocast])), "numbers of an earlier step"
+            self.drawn[autocast] = self.drawn[not autocast]
+        self.drawn_for[autocast] = latents
 
     def parts(self) -> dict[tuple[str, ...], Callable[[], Sequence[Tensor]]]:
         return {("first.weight",): lambda: [self.noisy(0)], ("second.weight",): lambda: [self.noisy(1)]}

@@ -78,8 +78,9 @@ class Script(RuleBasedStateMachine):
         """
         Script.steps += 1
         before, model = self._refreshes(), self.subject.model
-        torch.manual_seed(Script.steps)
+        start = torch.manual_seed(Script.steps).get_state()
         got = attempt(self.subject.run, action, *args)
+        drew = not torch.equal(torch.get_rng_state(), start)
         computed = self._refreshes() - before if self.subject.model is model else 0
         if keeps and self.at_hand and computed:
             raise Mismatch(f"{action}{args}: the weights were computed again, and nothing had changed")
@@ -87,7 +88,7 @@ class Script(RuleBasedStateMachine):
             if computed > 1:
                 raise Mismatch(f"{action}{args}: the weights were computed {computed} times")
             torch.manual_seed(Script.steps)
-            self.oracle.model.advance(self.oracle.autocast if autocast is None else autocast)
+            self.oracle.model.advance(self.oracle.autocast if autocast is None else autocast, drew)
         expected = attempt(self.oracle.run, action, *args)
         self.rough |= self.oracle.autocast or "autocast" in args
         self.compare(got, expected, f"{action}{args}")
