@@ -67,6 +67,7 @@ class Runtime:
         # Moves where weights must be computed anew though nothing about the latents tells.
         self._generation = 0
         self._has_optimizer = False
+        self._foreign: frozenset[int] = frozenset()
         self._lock = threading.RLock()
         self._local = threading.local()
         self._blocks: weakref.WeakSet[Block] = weakref.WeakSet()
@@ -242,10 +243,11 @@ class Runtime:
         """An optimizer stepped; see ``fxparam.runtime.steps``.
 
         It may be that latents have been written which it does not hold: unknown tensors may be flat or master copies of ours,
-        and latents that no optimizer has held so far may follow those of another model (target networks, averages).
+        and a model that no optimizer has trained so far may follow another one (target networks, averages).
         """
         own = any(not held.isdisjoint(map(id, entry.sources)) for entry in self._entries.values())
-        self._has_optimizer = self._has_optimizer or own
+        if not self._has_optimizer and held != self._foreign:
+            self._has_optimizer, self._foreign = bool(self.known(held)), held
         # Without an entry one is being computed, perhaps, in another thread.
         if own or unknown or not self._has_optimizer or not self._entries:
             self._generation += 1

@@ -62,6 +62,19 @@ def test_a_target_network_that_follows(how: str, fused: bool) -> None:
     agree(script)
 
 
+def test_frozen_weights_of_a_model_in_training_stay() -> None:
+    _, model = pair()
+    model.freeze()
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    model(X)
+    before = model.stats.refreshes
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).sum().backward()
+        optimizer.step()
+    assert model.stats.refreshes == before
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_steps_by_hand_through_data(set_to_none: bool) -> None:
     def script(model: Any) -> list[Tensor]:
