@@ -6,7 +6,7 @@ An entry is current while all of this holds, checked without a lock once per roo
 - no optimizer that holds one of them has stepped (fused optimizers do not move the version);
 - train or eval, autocast, the options of the maps are as they were;
 - nobody wrote to a weight;
-- every latent that a backward gave a gradient still has the same: ``zero_grad`` ends a step that no hook reported.
+- every latent that a backward gave a gradient still has one that is not zero: ``zero_grad`` ends a step no hook reported.
 
 Grad mode is not part of it: in training the private graph is built under ``no_grad`` as well.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from fxparam.runtime.bridge import Leased, Published
 from fxparam.runtime.deferral import Block
 from fxparam.runtime.draws import Draws
-from fxparam.runtime.hooks import Stamp, gradient_stamp
+from fxparam.runtime.hooks import Stamp, gradient_stamp, is_zero
 from fxparam.runtime.plan import Plan
 
 _LOWERED = (torch.float32, torch.float16, torch.bfloat16)
@@ -102,10 +102,15 @@ class Entry:
         # In the middle of a backward (a checkpoint that computes again) gradients are still on their way.
         if not self.received or torch._C._current_graph_task_id() != -1:
             return True
-        return all(
-            not source.is_leaf or (source.grad is not None and gradient_stamp(source) == then)
-            for source, then in list(self.received.values())
-        )
+        for key, (source, then) in list(self.received.items()):
+            now = gradient_stamp(source)
+            if now == then or not source.is_leaf:
+                continue
+            if now[0] != then[0] or is_zero(source.grad):
+                return False
+            # Clipped, unscaled, or accumulated into on a way around the weights: the step goes on.
+            self.received[key] = (source, now)
+        return True
 
 
 class Frame:

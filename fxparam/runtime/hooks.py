@@ -62,6 +62,14 @@ def _counts_visits(hook: Any) -> bool:
     return getattr(hook, "__module__", "") == "torch.autograd.graph" and hook.__name__ == "inner_hook"
 
 
+def is_zero(gradient: Tensor | None) -> bool:
+    """Whether there is no gradient, or one that is zero everywhere."""
+    if gradient is None:
+        return True
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return not bool(values.any())
+
+
 def gradient_stamp(latent: Tensor) -> Stamp:
     """Another value wherever the gradient of a latent is another, or has been written."""
     gradient = latent.grad
