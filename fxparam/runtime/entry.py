@@ -104,7 +104,7 @@ class Entry:
             return True
         for key, (source, then) in list(self.received.items()):
             now = gradient_stamp(source)
-            if now == then or not source.is_leaf:
+            if not source.is_leaf or (now == then and source.grad is not None):
                 continue
             if now[0] != then[0] or is_zero(source.grad):
                 return False
