@@ -63,9 +63,9 @@ class Fold(Pass):
     def verify(self, before: Program, after: Program) -> None:
         if not (self.views and self.constants):
             return
-        times, reasons = binding_times(after.graph, after.modules, after.tensors)
-        for node, time in times.items():
-            if node.op != "get_attr" and time is BindingTime.step and node not in reasons and not _is_size(node):
+        found = binding_times(after.graph, after.modules, after.tensors)
+        for node, time in found.times.items():
+            if node.op != "get_attr" and time is BindingTime.step and node not in found.reasons and not _is_size(node):
                 raise PassError(f"{node} depends on parameters only and was not folded")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxparam.api.fold import exported_program, graph_module, plain_model
+from fxparam.api.fold import exported_program, graph_module, known_inputs, plain_model
 from fxparam.errors import ExportError, TraceError
 from fxparam.graphdiff import GraphDiff
 from fxparam.graphdiff import diff as structural_diff
@@ -108,9 +108,9 @@ def refit_onnx(
 
     plain = plain_model(model)
     values: dict[str, Tensor] = dict(plain.state_dict())
-    given = args if args is not None else getattr(model, "_fxp_example_inputs", None)
-    if given is not None:
-        program = run(exported_program(plain, export_program(plain, given, kwargs)), (_FOLD,))
+    call = (args or (), dict(kwargs or {})) if args is not None or kwargs else known_inputs(model)
+    if call is not None:
+        program = run(exported_program(plain, export_program(plain, *call)), (_FOLD,))
         values |= {name: tensor for name, tensor in program.tensors.items() if name.startswith("hoisted.")}
         used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
         if any(name.startswith("hoisted.") for name in used):

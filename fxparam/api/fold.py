@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from fxparam.api.inputs import Call, Inputs, as_call
 from fxparam.api.restore import restore
 from fxparam.api.transform import transform
 from fxparam.errors import TraceError
@@ -17,6 +18,7 @@ from fxparam.passes.fold import Fold
 from fxparam.program import Program, run
 from fxparam.runtime.module import ParametrizedModule
 from fxparam.spec.names import named_tensors, split
+from fxparam.tracer import peft_layers
 from fxparam.tracer.exporting import export_program
 from fxparam.tracer.symbolic import trace_body
 
@@ -24,7 +26,8 @@ from fxparam.tracer.symbolic import trace_body
 def fold(
     model: nn.Module,
     *,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs | None = None,
+    dynamic_shapes: Any = None,
     compute_dtype: torch.dtype | None = None,
     arithmetic: bool = True,
 ) -> fx.GraphModule:
@@ -33,7 +36,10 @@ def fold(
     Args:
         model: what ``transform`` returned, or any module (its parametrizations and its weight arithmetic are folded). It is
             not changed.
-        example_inputs: inputs of the model, needed where symbolic tracing is not exact. Default: those given to ``transform``.
+        example_inputs: inputs of the model, a tuple of positional or a mapping of keyword ones, needed where symbolic tracing
+            is not exact. Default: those given to ``transform``, or those of the last call that was recorded.
+        dynamic_shapes: which sizes of which inputs vary, as for ``torch.export.export``; the others are those of the example.
+            Without it a graph that needs the example is right for inputs of these shapes only.
         compute_dtype: compute the weights in this dtype and round once.
         arithmetic: whether weight arithmetic in the model's own forward is folded as well.
 
@@ -44,34 +50,44 @@ def fold(
         TraceError: a graph needs example inputs (the message says why), or the model cannot be exported on them.
     """
     plain = plain_model(model, compute_dtype)
-    inputs = example_inputs if example_inputs is not None else getattr(model, "_fxp_example_inputs", None)
-    return fold_plain(plain, inputs, compute_dtype=compute_dtype, arithmetic=arithmetic)
+    call = as_call(example_inputs) if example_inputs is not None else known_inputs(model)
+    return fold_plain(plain, call, dynamic_shapes=dynamic_shapes, compute_dtype=compute_dtype, arithmetic=arithmetic)
+
+
+def known_inputs(model: nn.Module) -> Call | None:
+    """The inputs that a transformed model was given or last recorded with; None for any other."""
+    if not isinstance(model, ParametrizedModule):
+        return None
+    given: Inputs | None = model._fxp_example_inputs
+    return as_call(given) if given is not None else model._fxp_runtime.regions.last_inputs
 
 
 def plain_model(model: nn.Module, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """The model in its own classes, in eval mode, with plain parameters that do not train; a copy."""
+    """The model in its own classes, in eval mode, with plain parameters that do not train; a copy. LoRA layers are merged."""
     parametrized = model if isinstance(model, ParametrizedModule) else transform(model, trace="live")
-    return restore(parametrized, compute_dtype=compute_dtype).eval().requires_grad_(False)
+    plain = restore(parametrized, compute_dtype=compute_dtype)
+    return peft_layers.merged(plain, compute_dtype).eval().requires_grad_(False)
 
 
 def fold_plain(
     plain: nn.Module,
-    inputs: tuple[Any, ...] | None,
+    call: Call | None,
     *,
+    dynamic_shapes: Any = None,
     compute_dtype: torch.dtype | None = None,
     arithmetic: bool = True,
 ) -> fx.GraphModule:
     """Fold a model without computed weights; see ``fold``."""
     try:
         traced = trace_body(plain, {})
-        if inputs is not None and not _fits(inputs, traced.arguments):
-            return _exported(plain, inputs, compute_dtype, arithmetic)
+        if call is not None and not _fits(call, traced.arguments):
+            return _exported(plain, call, dynamic_shapes, compute_dtype, arithmetic)
     except TraceError as error:
-        if inputs is None:
+        if call is None:
             raise TraceError(
                 f"the model cannot be traced without inputs: {error}; type fxp.fold(model, example_inputs=(x, ...))"
             ) from error
-        return _exported(plain, inputs, compute_dtype, arithmetic)
+        return _exported(plain, call, dynamic_shapes, compute_dtype, arithmetic)
     tensors = {name: row.tensor for row in named_tensors(plain) for name in row.aliases} | dict(traced.tensors)
     program = Program(traced.graph, tensors, traced.modules)
     if arithmetic:
@@ -79,13 +95,16 @@ def fold_plain(
     return graph_module(plain, program)
 
 
-def _fits(inputs: tuple[Any, ...], arguments: tuple[str, ...]) -> bool:
+def _fits(call: Call, arguments: tuple[str, ...]) -> bool:
     """Whether the graph traced without inputs takes these: the required arguments, all tensors."""
-    return len(inputs) == len(arguments) and all(isinstance(value, Tensor) for value in inputs)
+    args, kwargs = call
+    return not kwargs and len(args) == len(arguments) and all(isinstance(value, Tensor) for value in args)
 
 
-def _exported(plain: nn.Module, inputs: tuple[Any, ...], compute_dtype: torch.dtype | None, arithmetic: bool) -> fx.GraphModule:
-    program = exported_program(plain, export_program(plain, inputs))
+def _exported(
+    plain: nn.Module, call: Call, dynamic_shapes: Any, compute_dtype: torch.dtype | None, arithmetic: bool
+) -> fx.GraphModule:
+    program = exported_program(plain, export_program(plain, *call, dynamic_shapes=dynamic_shapes))
     if arithmetic:
         program = run(program, (Fold(compute_dtype),))
     return graph_module(plain, program)

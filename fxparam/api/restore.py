@@ -14,6 +14,8 @@ from fxparam.spec.names import PARAMETRIZATIONS
 from fxparam.tracer.copying import structural_copy
 from fxparam.tracer.delivery import binding_of, uninstall
 from fxparam.tracer.looking import present_values
+from fxparam.tracer.peft_class import is_lora, release
+from fxparam.tracer.peft_layers import ORIGIN as LORA
 from fxparam.tracer.site import SiteModule
 
 
@@ -27,14 +29,16 @@ def restore(model: ParametrizedModule, *, compute_dtype: torch.dtype | None = No
         copy: whether the other tensors are copied too; if not, they are shared with ``model``.
 
     Returns:
-        A module of the class that was given to ``transform``, in the same mode, with the same names and ties.
+        A module of the class that was given to ``transform``, in the same mode, with the same names and ties. LoRA layers are
+        LoRA layers again, with their base weights and adapters apart; ``fold`` merges them.
     """
     if not isinstance(model, ParametrizedModule):
         raise SpecError(f"got {type(model).__name__}, expected a model that fxp.transform returned")
     live: nn.Module = model._fxp_live
     weights = weight_values(model, compute_dtype)
-    owners = [module for module in live.modules() if binding_of(module) is not None]
+    owners = [module for module in live.modules() if binding_of(module) is not None and not is_lora(module)]
     copied = structural_copy(live, adopt=False, copy_tensors=copy)
+    release(copied.root)
     fresh: dict[str, Tensor] = {}
     for owner in owners:
         _restore_owner(copied.memo[id(owner)], weights, fresh)
@@ -51,6 +55,9 @@ def weight_values(model: ParametrizedModule, compute_dtype: torch.dtype | None =
     values: dict[str, Tensor] = {}
     found: dict[str, tuple[Tensor, bool, bool]] = {}
     for site in model.sites:
+        if site.origin == LORA:
+            # Its layer has what it is computed from under their own names.
+            continue
         module: SiteModule = live.get_submodule(site.home)  # type: ignore[assignment]
         reads = [values[name] if name in values else model._fxp_runtime.tensor(name).detach() for name in site.reads]
         results = present_values(module, reads)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxparam.api.exported import export_bodies
+from fxparam.api.inputs import Inputs, as_call
 from fxparam.declaration import Declaration, Existing
 from fxparam.errors import SpecError
 from fxparam.program import Site
@@ -18,6 +20,7 @@ from fxparam.runtime.optimizers import repoint, watch_replaced
 from fxparam.spec.names import PARAMETRIZATIONS, NamedTensor, join, named_tensors, split
 from fxparam.spec.resolve import Task, home_of, latent_owner, nearest, resolve
 from fxparam.spec.spec import Spec
+from fxparam.tracer import peft_class, peft_layers
 from fxparam.tracer.adoption import LEGACY_SCHEMES, Adopted
 from fxparam.tracer.building import adopted_site, build_site
 from fxparam.tracer.copying import structural_copy
@@ -25,14 +28,15 @@ from fxparam.tracer.delivery import Binding, install
 from fxparam.tracer.looking import present_values
 from fxparam.tracer.site import SiteModule, Sites
 
-TRACES = ("auto", "live", "symbolic")
+TRACES = ("auto", "live", "symbolic", "record", "export")
+_RECORDED = {"auto": "useful", "record": "everything"}
 
 
 def transform(
     model: nn.Module,
     spec: Spec | Mapping[Any, Any] | None = None,
     *,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs | None = None,
     adopt: bool = True,
     copy: bool = False,
     optimizer: Optimizer | None = None,
@@ -45,12 +49,15 @@ def transform(
         model: any module. It is not changed; parameters that no rule touches, and buffers, are shared with it.
         spec: what to compute, and how: a ``Spec`` or a mapping that becomes one. Without it only what the model already
             computes is taken over, and its weight arithmetic hoisted.
-        example_inputs: inputs of the model, for the exporters and ``fold``.
+        example_inputs: inputs of the model, a tuple of positional or a mapping of keyword ones: for ``fold`` and the exporters,
+            and to record the model now instead of at its first call (in the mode it is in, and without a trace of it).
         adopt: also take over ``torch.nn.utils.parametrize``, the legacy ``weight_norm`` and ``spectral_norm``, and pruning.
         copy: share no tensor with the given model.
         optimizer: an optimizer of the given model's parameters, pointed at the latents instead.
-        trace: ``"auto"``: a graph of the body where symbolic tracing is exact, else live Python; ``"live"``: never a graph;
-            ``"symbolic"``: a graph, or an error that says why not.
+        trace: ``"auto"``: a graph of the body where symbolic tracing is exact; else live Python that is recorded at its first
+            call, and graphs in place of those modules whose weight arithmetic can be moved out; ``"record"``: graphs in place
+            of all modules that can be recorded; ``"live"``: never a graph; ``"symbolic"``: a graph, or an error that says why
+            not; ``"export"``: a graph by ``torch.export`` for calls like ``example_inputs``, or an error.
         recompute: weights that keep nothing for their backward between forward and backward, and are computed again in it:
             all (True), or those whose name fits a glob or one of several. For maps that keep many times the size of the
             weight (iterations); costs one more evaluation per backward. What has a state or draws random numbers is kept.
@@ -58,7 +65,7 @@ def transform(
     Raises:
         SpecError: the spec does not fit the model.
         AdoptionError: what the model already computes cannot be taken over.
-        TraceError: ``trace="symbolic"``, and the model cannot be traced exactly.
+        TraceError: ``trace="symbolic"`` or ``"export"``, and the model cannot be traced exactly.
     """
     if not isinstance(model, nn.Module):
         raise SpecError(f"got {type(model).__name__}, expected an nn.Module")
@@ -79,23 +86,37 @@ def transform(
         raise SpecError(f"got trace={trace!r}, expected one of {', '.join(map(repr, TRACES))}")
     copied = structural_copy(model, adopt=adopt, copy_tensors=copy)
     builder = _Builder(copied.root, spec if isinstance(spec, Spec) else Spec(spec), copied.adopted)
-    sites = builder.build()
+    builder.build()
+    notes = (*copied.notes, *(builder.build_lora(shared=not copy) if adopt else ()))
+    sites = tuple(builder.sites)
     result = ParametrizedModule(
         copied.root,
         sites,
-        trace=trace != "live",
-        why_live='transform(..., trace="live") asked for it' if trace == "live" else "",
+        trace=trace in ("auto", "symbolic"),
+        record=_RECORDED.get(trace, "nothing"),
+        why_live="" if trace in ("auto", "symbolic") else f'transform(..., trace="{trace}") asked for it',
         legacy=builder.legacy,
         example_inputs=example_inputs,
         recompute=_recomputed(recompute, sites),
     )
+    result._fxp_options["notes"] = notes
     if trace == "symbolic":
         _ = result.graph
+    if trace == "export":
+        export_bodies(result, as_call(_needed(example_inputs)))
+    elif example_inputs is not None:
+        result._fxp_runtime.record_ahead(*as_call(example_inputs))
     replaced = builder.replaced
     if optimizer is not None:
         repoint(optimizer, replaced)
     watch_replaced(result, replaced)
     return result
+
+
+def _needed(inputs: Inputs | None) -> Inputs:
+    if inputs is None:
+        raise SpecError('trace="export" needs inputs of the model; type transform(..., example_inputs=(x, ...))')
+    return inputs
 
 
 def _recomputed(patterns: bool | str | Sequence[str], sites: Sequence[Site]) -> frozenset[str]:
@@ -158,6 +179,18 @@ class _Builder:
         for holder, binding in self.bindings.values():
             install(holder, binding)
         return tuple(self.sites)
+
+    def build_lora(self, *, shared: bool) -> tuple[str, ...]:
+        """Build the sites of LoRA layers, which read what all others compute; returns notes on those left as they are."""
+        layers, notes = peft_layers.take_over(self.root, self._known, shared=shared)
+        for one in layers:
+            names = [tuple(join(path, local) for path in one.paths) for local in one.weights]
+            reads = tuple(self._canonical(name) for name in one.reads)
+            values = present_values(one.module, [self._value(name) for name in reads])
+            rows = [NamedTensor(alias[0], alias, (), value, False) for alias, value in zip(names, values, strict=True)]
+            self._add(rows, one.module, one.declaration, peft_layers.ORIGIN, "as it was", reads)
+            peft_class.bind(one.layer, {local: row.name for local, row in zip(one.weights, rows, strict=True)})
+        return notes
 
     def _legacy_names(self, name: str, module: SiteModule) -> dict[str, str]:
         """The names that a checkpoint of a legacy hook has for the tensors of a site that does the same."""
@@ -271,6 +304,9 @@ class _Builder:
         if site is None or join(site.home, local) not in site.latents:
             raise SpecError(f"ref({target!r}): {weight} has no latent {local!r}")
         return join(site.home, local)
+
+    def _known(self, name: str) -> Tensor | None:
+        return self._value(self.row_of[name].name) if name in self.row_of else None
 
     def _value(self, name: str) -> Tensor:
         if name in self.values:

@@ -6,12 +6,14 @@
 
 A node's time is the latest of its inputs' times, and ``call`` for everything that must stay where it is: random nodes,
 nodes with effects, alias sets any member of which is written, and what the model returns. Nodes that a site brought
-(``node.meta["site"]``) run at ``step`` by declaration.
+(``node.meta["site"]``) run at ``step`` by declaration; reads of what the model writes where no graph shows it
+(``node.meta["written"]``) are of a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -29,10 +31,24 @@ class BindingTime(IntEnum):
     call = 2
 
 
-def binding_times(
-    graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
-) -> tuple[dict[fx.Node, BindingTime], dict[fx.Node, str]]:
-    """The binding time of each node, and for each node kept at ``call`` in spite of its inputs, the reason.
+@dataclass(frozen=True, eq=False)
+class Times:
+    """When the nodes of a graph are known.
+
+    Attributes:
+        times: the binding time of each node.
+        reasons: for each node kept at ``call`` in spite of its inputs, why.
+        sealed: the nodes up to the last write to memory that is made from parameters and constants and written by nobody else:
+            they stay together, in order. For each the nodes that write to its memory.
+    """
+
+    times: dict[fx.Node, BindingTime]
+    reasons: dict[fx.Node, str]
+    sealed: dict[fx.Node, tuple[fx.Node, ...]]
+
+
+def binding_times(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> Times:
+    """The binding time of each node.
 
     Args:
         graph: any graph.
@@ -40,7 +56,32 @@ def binding_times(
         tensors: what its ``get_attr`` nodes name.
     """
     effects = {node: effect_of(node, modules.get(str(node.target))) for node in graph.nodes}
-    held = _held(graph, modules, tensors)
+    written = _written_sets(graph, modules, tensors)
+    returned = dict.fromkeys(returned_memory(graph, modules), "the model returns it")
+    # Sets that nothing from outside shares may be filled ahead; which of them depend on a call, only the times tell.
+    own = [
+        members
+        for members in written
+        if not any(map(_shared, members.sealed)) and not any(node in returned for node in members.nodes)
+    ]
+    while True:
+        held = returned | {
+            node: f"its memory is written by {target_name(members.writers[-1])}"
+            for members in written
+            if members not in own
+            for node in members.nodes
+        }
+        sealed = {node: members.writers for members in own for node in members.sealed}
+        times, reasons = _times(graph, effects, held, sealed)
+        late = [members for members in own if not members.can_be_ahead(times)]
+        if not late:
+            return Times(times, reasons, sealed)
+        own = [members for members in own if members not in late]
+
+
+def _times(
+    graph: fx.Graph, effects: Mapping[fx.Node, Effect], held: Mapping[fx.Node, str], sealed: Collection[fx.Node]
+) -> tuple[dict[fx.Node, BindingTime], dict[fx.Node, str]]:
     times: dict[fx.Node, BindingTime] = {}
     reasons: dict[fx.Node, str] = {}
     for node in graph.nodes:
@@ -48,15 +89,21 @@ def binding_times(
         if node.op in ("placeholder", "output") or node.target is deliver:
             time = BindingTime.call
         elif node.op == "get_attr":
+            time = BindingTime.call if "written" in node.meta else BindingTime.step
+        if time is BindingTime.constant and (node in sealed or not effects[node].pure):
             time = BindingTime.step
-        if time is BindingTime.constant and not effects[node].pure:
-            time = BindingTime.step
-        reason = held.get(node) or ("" if "site" in node.meta else _why_call(node, effects[node]))
+        fixed = "site" in node.meta or (node in sealed and effects[node].known and not effects[node].random)
+        reason = held.get(node) or ("" if fixed else _why_call(node, effects[node]))
         if reason and time < BindingTime.call:
             reasons[node] = reason
             time = BindingTime.call
         times[node] = time
     return times, reasons
+
+
+def _shared(node: fx.Node) -> bool:
+    """Whether somebody else may hold the memory of this node: a caller, a module, a map of a weight."""
+    return node.op in ("placeholder", "get_attr", "call_module") or "site" in node.meta
 
 
 def _why_call(node: fx.Node, effect: Effect) -> str:
@@ -67,12 +114,26 @@ def _why_call(node: fx.Node, effect: Effect) -> str:
     return ""
 
 
-def _held(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[fx.Node, str]:
-    """The nodes whose memory is written at call time or handed to the caller, with the reason."""
-    held = dict.fromkeys(returned_memory(graph, modules), "the model returns it")
-    for node, writer in written_memory(graph, modules, tensors).items():
-        held[node] = f"its memory is written by {target_name(writer)}"
-    return held
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """Nodes that may share memory, some of which write to it, in order."""
+
+    nodes: tuple[fx.Node, ...]
+    writers: tuple[fx.Node, ...]
+
+    @property
+    def sealed(self) -> tuple[fx.Node, ...]:
+        """Those up to the last write, the writers included."""
+        return (*self.nodes[: self.nodes.index(self.writers[-1])], *self.writers)
+
+    def can_be_ahead(self, times: Mapping[fx.Node, BindingTime]) -> bool:
+        """Whether all writes are known ahead, and nobody at call time looks at the memory between two of them."""
+        if any(times[node] is BindingTime.call for node in (*self.sealed, *self.writers)):
+            return False
+        order = {node: at for at, node in enumerate(self.nodes[0].graph.nodes)}
+        last = order[self.writers[-1]]
+        early = (user for node in self.nodes for user in node.users if order[user] < last)
+        return all(times[user] is not BindingTime.call for user in early)
 
 
 def written_memory(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[fx.Node, fx.Node]:
@@ -83,13 +144,19 @@ def written_memory(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: M
         modules: the targets of its ``call_module`` nodes.
         tensors: what its ``get_attr`` nodes name; two names may be one memory.
     """
+    sets = _written_sets(graph, modules, tensors)
+    return {node: members.writers[-1] for members in sets for node in members.nodes}
+
+
+def _written_sets(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> list[_Written]:
+    """The sets of nodes that may share memory to which one of them, or another node, writes."""
     effects = {node: effect_of(node, modules.get(str(node.target))) for node in graph.nodes}
     # An opaque map of a weight may return its latent unchanged, but it never writes to it.
     opaque = {node for node in graph.nodes if node.op == "call_module" and "site" in node.meta}
-    writers = {other: node for node in graph.nodes if node not in opaque for other in effects[node].writes}
-    writers |= _own_state(graph, modules)
-    if not writers:
-        return {}
+    writes = [(other, node) for node in graph.nodes if node not in opaque for other in effects[node].writes]
+    writes += _own_state(graph, modules).items()
+    if not writes:
+        return []
     # Slow to import, and only needed where something writes.
     from networkx.utils import UnionFind
 
@@ -100,8 +167,22 @@ def written_memory(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: M
             alias.union(first_read.setdefault(_memory(str(node.target), tensors), node), node)
         elif effects[node].aliases and node not in opaque:
             alias.union(node, *node.all_input_nodes)
-    sets = {alias[other]: node for other, node in writers.items()}
-    return {node: sets[alias[node]] for node in graph.nodes if alias[node] in sets}
+    order = {node: at for at, node in enumerate(graph.nodes)}
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    for other, node in writes:
+        writers.setdefault(alias[other], []).append(node)
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if alias[node] in writers:
+            members.setdefault(alias[node], []).append(node)
+    # A writer that yields nothing of that memory (x[i] = y) is none of its nodes, but it belongs to them.
+    return [
+        _Written(
+            tuple(sorted({*found, *writers[root]}, key=order.__getitem__)),
+            tuple(sorted(set(writers[root]), key=order.__getitem__)),
+        )
+        for root, found in members.items()
+    ]
 
 
 def _own_state(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, fx.Node]:

@@ -83,6 +83,7 @@ _MISLEADING = (
     "moving_avg",
 )
 _CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+_RECURRENCES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _UNKNOWN_METHODS = frozenset(
     "numpy tolist item grad grad_fn register_hook backward retain_grad requires_grad_ set_ data_ptr".split()
 )
@@ -123,21 +124,37 @@ def _module_effect(node: fx.Node, module: nn.Module | None) -> Effect:
 
 
 def _schema_effect(node: fx.Node, target: torch._ops.OpOverload) -> Effect:
-    if _misleading(target._schema.name.removeprefix("aten::")):
-        return _unknown(node)
     schema = target._schema
+    name = schema.name.removeprefix("aten::")
     named = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    if name in ("batch_norm", "instance_norm"):
+        active = named.get("training", named.get("use_input_stats")) is not False
+        statistics = (named.get("running_mean"), named.get("running_var"))
+        return Effect(writes=tuple(one for one in statistics if isinstance(one, fx.Node)) if active else ())
+    if name in _RECURRENCES:
+        return _recurrence_effect(still=named.get("train") is False or named.get("dropout") == 0.0)
+    if _misleading(name):
+        return _unknown(node)
     writes = [
         named[argument.name]
         for argument in schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write and argument.name in named
     ]
+    still = named.get("train") is False or ("dropout_p" in (a.name for a in schema.arguments) and not named.get("dropout_p"))
     return Effect(
         known=target.namespace in ("aten", "prims", "prim"),
-        random=torch.Tag.nondeterministic_seeded in target.tags,
+        random=torch.Tag.nondeterministic_seeded in target.tags and not still,
         writes=tuple(value for value in writes if isinstance(value, fx.Node)),
-        aliases=any(result.alias_info is not None for result in schema.returns) or target.namespace not in ("aten", "prims"),
+        # Dropout that does nothing may return what it is given.
+        aliases=still
+        or any(result.alias_info is not None for result in schema.returns)
+        or target.namespace not in ("aten", "prims"),
     )
+
+
+def _recurrence_effect(*, still: object) -> Effect:
+    """Dropout between the layers of a recurrence is random; its weights are only read."""
+    return Effect() if still else Effect(known=False, random=True)
 
 
 def _method_effect(node: fx.Node, name: str) -> Effect:
@@ -180,6 +197,8 @@ def _function_effect(node: fx.Node, target: Any) -> Effect:
     ):
         if name == "tensor":
             return Effect()
+        if name in _RECURRENCES:
+            return _recurrence_effect(still=False)
         known, random, writes, aliases = _packet(name)
         first = node.args[0] if node.args else None
         if known:
@@ -200,6 +219,11 @@ def _functional_effect(node: fx.Node, name: str) -> Effect:
             return Effect(known=False, writes=tuple(node.all_input_nodes), aliases=True)
         return Effect(aliases=name in ("pad", "interpolate", "upsample"))
     if "dropout" in name:
+        training = node.args[2] if len(node.args) > 2 else options.get("training", True)
+        return Effect(random=training is not False, aliases=True)
+    if name in ("batch_norm", "instance_norm"):
+        return _norm_effect(node, name)
+    if name == "multi_head_attention_forward":
         return Effect(random=True)
     if name == "scaled_dot_product_attention":
         return Effect(random=bool(options.get("dropout_p", 0.0)) or len(node.args) > 4)
@@ -207,6 +231,20 @@ def _functional_effect(node: fx.Node, name: str) -> Effect:
     if not known or writes or random or getattr(F, name) is not getattr(torch._C._nn, name, getattr(torch, name, None)):
         return _unknown(node)
     return Effect(aliases=aliases)
+
+
+def is_pure_operator(name: str) -> bool:
+    """Whether the ATen operators of this name compute and do nothing else."""
+    known, random, writes, _ = _packet(name)
+    return known and not random and not writes
+
+
+def _norm_effect(node: fx.Node, name: str) -> Effect:
+    """Running statistics are written where the statistics of the input are used; the schemas do not say so."""
+    at, option, default = (5, "training", False) if name == "batch_norm" else (5, "use_input_stats", True)
+    given = node.args[at] if len(node.args) > at else node.kwargs.get(option, default)
+    statistics = (*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
+    return Effect(writes=tuple(one for one in statistics if isinstance(one, fx.Node)) if given is not False else ())
 
 
 @cache

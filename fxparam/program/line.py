@@ -51,7 +51,8 @@ class Line:
         self.program, self.weights = program, weights
         self.max_growth, self.sink_views, self.sink_constants = max_growth, sink_views, sink_constants
         self.nodes = list(program.graph.nodes)
-        self.times, self.reasons = binding_times(program.graph, program.modules, program.tensors)
+        found = binding_times(program.graph, program.modules, program.tensors)
+        self.times, self.reasons, self.sealed = found.times, found.reasons, found.sealed
         self.names = {node.args[1]: str(node.args[0]) for node in reversed(self.nodes) if node.target is deliver}
         self._check_weights()
         self.values = self._evaluate()
@@ -60,7 +61,7 @@ class Line:
         self.cuts: dict[str, fx.Node] = {str(node.args[0]): node.args[1] for node in self.nodes if node.target is deliver}
         self._settle()
         self.constants = {
-            f"{CONSTANTS}.{node.name}": self.values[node]
+            f"{CONSTANTS}.{_attribute(node)}": self.values[node]
             for node in self.nodes
             if self.times[node] is BindingTime.constant and isinstance(self.values.get(node), Tensor)
         }
@@ -94,6 +95,8 @@ class Line:
                     with torch.no_grad():
                         values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
                 except Exception as error:
+                    if node in self.sealed:
+                        raise TraceError(f"evaluating {node} ahead raised {type(error).__name__}: {error}") from error
                     self._sink(node, f"evaluating it ahead raised {type(error).__name__}: {error}")
         return values
 
@@ -122,10 +125,16 @@ class Line:
                 continue
             if "site" in node.meta and self.times[node] is not BindingTime.constant:
                 raise PassError(f"{node} inside a site is read from outside")
-            if reason := self._not_worth(node):
+            if node in self.sealed:
+                # Part of it after the line would be written again at each call.
+                self._cut(node)
+            elif reason := self._not_worth(node):
                 self._sink(node, reason)
             elif self.times[node] is BindingTime.step:
-                self.cuts[f"{HOISTED}.{node.name}"] = node
+                self._cut(node)
+
+    def _cut(self, node: fx.Node) -> None:
+        self.cuts[f"{HOISTED}.{_attribute(node)}"] = node
 
     def _sink(self, node: fx.Node, reason: str) -> None:
         self.times[node] = BindingTime.call
@@ -150,7 +159,7 @@ class Line:
 
     def prologue(self) -> tuple[fx.Graph, tuple[str, ...]]:
         """The graph of everything before the line that the cuts need, and the names of its placeholders."""
-        needed = _ancestors(self.cuts.values())
+        needed = self._behind(self.cuts.values())
         reads = dict.fromkeys(str(node.target) for node in self.nodes if node.op == "get_attr" and node in needed)
         graph = fx.Graph()
         placeholders = dict(zip(reads, map(graph.placeholder, _identifiers(reads)), strict=True))
@@ -160,13 +169,24 @@ class Line:
                 continue
             if node.op == "get_attr":
                 mapping[node] = placeholders[str(node.target)]
-            elif f"{CONSTANTS}.{node.name}" in self.constants:
-                mapping[node] = graph.get_attr(f"{CONSTANTS}.{node.name}")
+            elif f"{CONSTANTS}.{_attribute(node)}" in self.constants:
+                mapping[node] = graph.get_attr(f"{CONSTANTS}.{_attribute(node)}")
             else:
                 mapping[node] = graph.node_copy(node, mapping.__getitem__)
         graph.output(tuple(mapping[node] for node in self.cuts.values()))
         _drop_unused(graph)
         return graph, tuple(reads)
+
+    def _behind(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """These nodes, all they are computed from, and what writes to their memory."""
+        found: set[fx.Node] = set()
+        todo = list(nodes)
+        while todo:
+            node = todo.pop()
+            if node not in found:
+                found.add(node)
+                todo += [*node.all_input_nodes, *self.sealed.get(node, ())]
+        return found
 
     def body(self) -> fx.Graph:
         """The graph of everything after the line, with ``get_attr`` where it read something before it."""
@@ -176,7 +196,7 @@ class Line:
 
         def fetch(node: fx.Node) -> fx.Node:
             if node not in mapping:
-                mapping[node] = graph.get_attr(crossing.get(node) or f"{CONSTANTS}.{node.name}")
+                mapping[node] = graph.get_attr(crossing.get(node) or f"{CONSTANTS}.{_attribute(node)}")
             return mapping[node]
 
         for node in self.nodes:
@@ -196,6 +216,11 @@ class Line:
                 yield Record(by, f"move {node.name} = {target_name(node)} out of the call", reason, refused=True)
 
 
+def _attribute(node: fx.Node) -> str:
+    """The name of an attribute for the value of a node: one that no module has already (``to``, ``float``, ``half``)."""
+    return f"{node.name}_" if hasattr(torch.nn.Module, node.name) else node.name
+
+
 def _identifiers(names: Iterable[str]) -> list[str]:
     """Python names for dotted names, each different."""
     found: list[str] = []
@@ -208,17 +233,6 @@ def _identifiers(names: Iterable[str]) -> list[str]:
 
 def _bytes(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(node.all_input_nodes)
-    return found
 
 
 def _drop_unused(graph: fx.Graph) -> None:

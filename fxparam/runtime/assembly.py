@@ -13,11 +13,13 @@ from fxparam.errors import PassError, TraceError
 from fxparam.pipeline import training_pipeline
 from fxparam.program import Fragment, Program, Record, Site, run
 from fxparam.program.line import CONSTANTS
-from fxparam.runtime.body import body_module
+from fxparam.program.parts import joined, part_of
+from fxparam.runtime.body import CAPTURED, body_module
 from fxparam.runtime.evaluation import Compiler, Evaluation
 from fxparam.runtime.groups import Component
-from fxparam.runtime.plan import Plan
+from fxparam.runtime.plan import Plan, Recorded
 from fxparam.spec.names import first_names, named_tensors, split
+from fxparam.tracer.cutting import RecordedBody
 from fxparam.tracer.delivery import Inline, WeightReader
 from fxparam.tracer.looking import present_values
 from fxparam.tracer.lowering import lowered_in
@@ -38,6 +40,7 @@ class Options:
         inline: where they are instead while a compiler runs it.
         recompute: names of weights that keep nothing for their backward, where that is possible.
         compiler: compiles the prologue; None: it runs as it is.
+        bodies: what was recorded and is to be run in place of its modules, where there is no graph of the whole body.
     """
 
     trace: bool
@@ -46,6 +49,7 @@ class Options:
     inline: Inline
     recompute: frozenset[str] = frozenset()
     compiler: Compiler | None = None
+    bodies: tuple[RecordedBody, ...] = ()
 
 
 def make_plan(root: nn.Module, sites: Sequence[Site], options: Options) -> Plan:
@@ -69,8 +73,11 @@ class _Assembly:
         self.sites = tuple(site for site in sites if site.home not in self.volatile)
         self.opaque = {site.home: OpaqueSite(self._home(site.home)) for site in self.sites if self.fragments[site.home].opaque}
         self.traced: TracedBody | None = None
+        self.bodies: tuple[RecordedBody, ...] = ()
+        self.held: dict[str, Tensor] = {}
         self.why_live = options.why_live
-        self.program = self._with_body() or self._without_body()
+        alone = self._with_body()
+        self.program = self._with_recorded() or alone or self._without_body()
         self.components = _components(self.program)
         self.component_of = self._component_of()
         self.constants = {name: t for name, t in self.program.tensors.items() if name.startswith(f"{CONSTANTS}.")}
@@ -78,10 +85,10 @@ class _Assembly:
     def plan(self) -> Plan:
         """All of it together."""
         program, traced, prologue = self.program, self.traced, self._prologue()
-        body = None
-        if traced is not None:
-            held = {**self.constants, **traced.tensors}
-            body = body_module(self.root, program, held, self.options.reader, self.options.inline)
+        held = {**self.constants, **self.held}
+        body = None if traced is None else self._module(self._part(0) if self.bodies else program.body, held)
+        recorded = self._recorded(held)
+        graphs = [graph for graph in (body, *(one.module for ones in recorded.values() for one in ones)) if graph is not None]
         fleeting = self._within(home for home, fragment in self.fragments.items() if fragment.stateful)
         asked = traced.asked if traced is not None else {}
         return Plan(
@@ -101,8 +108,9 @@ class _Assembly:
                 (*_slot(self.root, name, program.tensors), kind) for name, kind in asked.items() if name in program.tensors
             ),
             evaluation=self._evaluation(prologue),
-            lowered=frozenset() if program.body is None else lowered_in(program.body),
-            body_code=None if body is None else type(body).forward.__code__,
+            lowered={type(module).forward.__code__: lowered_in(module.graph) for module in graphs},
+            recorded=recorded,
+            fragments=self.fragments,
             draws=any(self._home(home).resamples_per_step for home in self.opaque),
             repeatable=tuple(number for number in range(len(self.components)) if number not in fleeting),
         )
@@ -123,7 +131,30 @@ class _Assembly:
         except (TraceError, PassError) as error:
             self.why_live = str(error)
             return None
-        self.traced = traced
+        self.traced, self.held = traced, dict(traced.tensors)
+        return program
+
+    def _with_recorded(self) -> Program | None:
+        """The program of weights, of the traced model if there is one, and of recorded bodies; None where there are none."""
+        bodies = self.options.bodies
+        if not bodies:
+            return None
+        traced = () if self.traced is None else (self.traced,)
+        parts = (*traced, *bodies)
+        names: dict[int, str] = {}
+        held: dict[str, Tensor] = {}
+        for part in parts:
+            for name, tensor in part.tensors.items():
+                if split(name)[0] == CAPTURED:
+                    held[names.setdefault(id(tensor), f"{CAPTURED}.{len(names)}")] = tensor
+
+        def rename(number: int, name: str) -> str:
+            return names[id(parts[number].tensors[name])] if split(name)[0] == CAPTURED else name
+
+        graph = joined([part.graph for part in parts], rename)
+        start = self._start(graph, held, self.traced.modules if self.traced is not None else {})
+        program = run(start, training_pipeline(self.fragments, self.weights, model=True))
+        self.bodies, self.held = bodies, held
         return program
 
     def _without_body(self) -> Program:
@@ -142,6 +173,21 @@ class _Assembly:
         return Program(graph, {**registered, **captured, **tensors}, {**modules, **self.opaque}, self.sites, trail=trail)
 
     # --- what it becomes
+
+    def _module(self, graph: fx.Graph | None, held: Mapping[str, Tensor]) -> fx.GraphModule:
+        assert graph is not None
+        return body_module(self.root, graph, self.program.values, held, self.options.reader, self.options.inline)
+
+    def _part(self, number: int) -> fx.Graph:
+        assert self.program.body is not None
+        return part_of(self.program.body, number)
+
+    def _recorded(self, held: Mapping[str, Tensor]) -> dict[str, tuple[Recorded, ...]]:
+        found: dict[str, tuple[Recorded, ...]] = {}
+        for number, body in enumerate(self.bodies, 0 if self.traced is None else 1):
+            module = self._module(self._part(number), held)
+            found[body.path] = (*found.get(body.path, ()), Recorded(body, module, number))
+        return found
 
     def _home(self, name: str) -> SiteModule:
         return self.root.get_submodule(name)  # type: ignore[return-value]

@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxparam.program import Program
 from fxparam.program.line import CONSTANTS, HOISTED
 from fxparam.program.program import copy_graph
 from fxparam.spec.names import split
 from fxparam.tracer.delivery import Inline, WeightReader, binding_of
 
+CAPTURED = "captured"
+"""The first part of the names of tensors that the model's code holds without registering them."""
+
 
 def body_module(
-    root: nn.Module, program: Program, held: Mapping[str, Tensor], reader: WeightReader, inline: Inline
+    root: nn.Module, graph: fx.Graph, values: Iterable[str], held: Mapping[str, Tensor], reader: WeightReader, inline: Inline
 ) -> fx.GraphModule:
-    """The body as a module that shares the live modules: weights arrive through the properties of their owners.
+    """A graph as a module that shares the live modules: weights arrive through the properties of their owners.
 
     Args:
         root: the live module tree.
-        program: the program, hoisted.
+        graph: the body of a model, or of a part of it.
+        values: the names of what the prologue yields.
         held: constants, and tensors that the model's code holds without registering them, by the names in the graph.
         reader: what hoisted values are asked of.
         inline: where they are instead while a compiler runs the body.
     """
-    assert program.body is not None
     body = fx.GraphModule(nn.Module(), fx.Graph(), type(root).__name__)
-    hoisted = frozenset(local for path, local in map(split, program.values) if path == HOISTED)
+    hoisted = frozenset(local for path, local in map(split, values) if path == HOISTED)
     body._modules = {**root._modules, HOISTED: _Reader(reader, inline, HOISTED, hoisted)}
     body._parameters, body._buffers = root._parameters, root._buffers
     for name, tensor in held.items():
         path, local = split(name)
-        if path in (CONSTANTS, "captured"):
+        if path in (CONSTANTS, CAPTURED):
             holder = body._modules.setdefault(path, nn.Module())
             holder.__dict__[local] = tensor
     binding = binding_of(root)
@@ -43,7 +45,7 @@ def body_module(
         setattr(type(body), local, getattr(type(root), local))
         body.__dict__["_fxparam_binding"] = binding
     body.training = root.training
-    body.graph = _reading_late(program.body)
+    body.graph = _reading_late(graph)
     return body
 
 

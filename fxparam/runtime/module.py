@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxparam.errors import TraceError
 from fxparam.program import Site
 from fxparam.runtime.checkpoints import Checkpoints
 from fxparam.runtime.replicas import ReplicaRuntime
@@ -49,15 +48,22 @@ class ParametrizedModule(WeightAccess, nn.Module):
         sites: Sequence[Site],
         *,
         trace: bool,
+        record: str,
         why_live: str,
         legacy: Mapping[str, str],
-        example_inputs: tuple[Any, ...] | None,
+        example_inputs: Any,
         recompute: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         state = self.__dict__
         state["_fxp_live"], state["_fxp_sites"] = live, tuple(sites)
-        state["_fxp_options"] = {"trace": trace, "why_live": why_live, "legacy": dict(legacy), "recompute": recompute}
+        state["_fxp_options"] = {
+            "trace": trace,
+            "record": record,
+            "why_live": why_live,
+            "legacy": dict(legacy),
+            "recompute": recompute,
+        }
         state["_fxp_example_inputs"] = example_inputs
         self._attach()
 
@@ -74,6 +80,7 @@ class ParametrizedModule(WeightAccess, nn.Module):
             trace=options["trace"],
             why_live=options["why_live"],
             recompute=options["recompute"],
+            record=options["record"],
         )
         state["_fxp_inline"], state["_fxp_compiled"] = state["_fxp_runtime"].inline, None
         state["_fxp_checkpoints"] = Checkpoints(live, self._fxp_sites, options["legacy"])
@@ -85,10 +92,17 @@ class ParametrizedModule(WeightAccess, nn.Module):
         if torch.compiler.is_compiling():
             return self._with_values(self._fxp_live, self._fxp_runtime.compute_all(), args, kwargs)
         with self._fxp_runtime.forward() as plan:
-            run = plan.body if plan is not None and plan.takes(args, kwargs) else self._fxp_live
-            if self._fxp_compiled is not None and plan is not None:
-                return self._fxp_compiled(run, self._fxp_runtime.read_all(plan), args, kwargs)
-            return run(*args, **kwargs)
+            given = None if plan is None else plan.arguments(args, kwargs)
+            if plan is None:
+                return self._fxp_live(*args, **kwargs)
+            if self._fxp_compiled is not None:
+                values = self._fxp_runtime.read_all(plan)
+                if given is None:
+                    return self._fxp_compiled(self._fxp_live, values, args, kwargs)
+                return self._fxp_compiled(plan.body, values, given, {})
+            if plan.body is not None and given is not None:
+                return plan.body(*given)
+            return self._fxp_runtime.call(plan, args, kwargs)
 
     def _with_values(self, run: Any, values: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         inline = self._fxp_inline
@@ -249,13 +263,7 @@ class ParametrizedModule(WeightAccess, nn.Module):
         Raises:
             TraceError: the body is live Python; the message says why and what to type.
         """
-        plan = self._fxp_runtime.plan
-        if plan.traced is None:
-            raise TraceError(
-                f"there is no graph of this model: {plan.why_live}. Its weights are in model.prologue; for a graph of "
-                "all of it type fxp.fold(model, example_inputs=(...))"
-            )
-        graph = copy.deepcopy(plan.program.graph)
+        graph = copy.deepcopy(self._fxp_runtime.whole_graph())
         for node in list(graph.nodes):
             if getattr(node.target, "__name__", "") == "deliver":
                 graph.erase_node(node)
@@ -268,15 +276,27 @@ class ParametrizedModule(WeightAccess, nn.Module):
 
     @property
     def body(self) -> nn.Module:
-        """What runs per call: a ``GraphModule`` where the model could be traced exactly, else the live modules."""
+        """What runs per call: a ``GraphModule`` where there is a graph of the whole, else the live modules.
+
+        The graph of a recorded model takes the tensors among its arguments, and returns those among its results.
+        """
         plan = self._fxp_runtime.plan
+        if plan.body is None and "" in plan.recorded:
+            return plan.recorded[""][-1].module
         return self._fxp_live if plan.body is None else plan.body
 
     @property
     def report(self) -> Report:
         """What was done, what was refused and why; printable."""
+        runtime = self._fxp_runtime
         return make_report(
-            self._fxp_live, self.sites, self._fxp_runtime.plan, self._fxp_runtime.stats, self._fxp_runtime.reached
+            self._fxp_live,
+            self.sites,
+            runtime.plan,
+            runtime.recorded_layers,
+            runtime.stats,
+            runtime.reached,
+            self._fxp_options.get("notes", ()),
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 
 from fxparam.errors import missing_extra
 from fxparam.program import Record, Site
+from fxparam.runtime.choosing import Layer
 from fxparam.runtime.plan import Plan
 from fxparam.runtime.stats import Stats
 
@@ -61,8 +62,9 @@ class Report:
 
     Attributes:
         sites: one row for each parametrized weight.
-        body: ``"graph"`` or ``"live"``.
+        body: ``"graph"``, ``"regions"`` where graphs are run in place of some modules, or ``"live"``.
         why_live: why the body is not a graph.
+        layers: how each module runs that was looked at: the model, and where it is not a graph the modules in it.
         prologue_nodes: operations that run once per step.
         body_nodes: operations that run per call (of a graph).
         hoisted: names of hoisted values that are no weights.
@@ -73,11 +75,17 @@ class Report:
     sites: tuple[SiteRow, ...]
     body: str
     why_live: str
+    layers: tuple[Layer, ...]
     prologue_nodes: int
     body_nodes: int
     hoisted: tuple[str, ...]
     trail: tuple[Record, ...]
     stats: Stats
+
+    def layer_of(self, path: str) -> Layer:
+        """How the module with this dotted name runs: as part of the innermost module that was looked at."""
+        inside = [layer for layer in self.layers if layer.path in ("", path) or path.startswith(f"{layer.path}.")]
+        return max(inside, key=lambda layer: len(layer.path))
 
     @property
     def refusals(self) -> tuple[Record, ...]:
@@ -87,13 +95,16 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{len(self.sites)} sites; the prologue has {self.prologue_nodes} operations and ran {self.stats.refreshes} times",
-            f"the body is a graph of {self.body_nodes} operations"
-            if self.body == "graph"
-            else f"the body is live Python: {self.why_live}",
+            {
+                "graph": f"the body is a graph of {self.body_nodes} operations",
+                "regions": f"the body is live Python with graphs of {self.body_nodes} operations in it: {self.why_live}",
+                "live": f"the body is live Python: {self.why_live}",
+            }[self.body],
         ]
         for row in self.sites:
             names = row.weights[0] + (f" and {len(row.weights) - 1} more" if len(row.weights) > 1 else "")
             lines.append(f"  {names}: {row.declaration} [{row.origin}]; {row.start}; {row.notes}")
+        lines += [f"  {layer}" for layer in self.layers if layer.path or layer.reason]
         lines += [f"  hoisted {name}" for name in self.hoisted]
         lines += [f"  {record}" for record in self.refusals]
         return "\n".join(lines)
@@ -110,7 +121,8 @@ class Report:
         for row in self.sites:
             names = row.weights[0] + (f" (+{len(row.weights) - 1})" if len(row.weights) > 1 else "")
             table.add_row(*map(Text, (names, row.declaration, row.origin, row.start, row.notes)))
-        rest = [Text(str(self).split("\n")[1]), *(Text(f"hoisted {name}") for name in self.hoisted)]
+        layers = (Text(str(layer)) for layer in self.layers if layer.path or layer.reason)
+        rest = [Text(str(self).split("\n")[1]), *layers, *(Text(f"hoisted {name}") for name in self.hoisted)]
         return Group(table, *rest, *(Text(str(record)) for record in self.refusals))
 
     @property
@@ -119,15 +131,25 @@ class Report:
         return tuple(name for row in self.sites if row.reached is False for name in row.weights)
 
 
-def make_report(live: nn.Module, sites: Sequence[Site], plan: Plan, stats: Stats, reached: AbstractSet[str]) -> Report:
+def make_report(
+    live: nn.Module,
+    sites: Sequence[Site],
+    plan: Plan,
+    records: Mapping[str, Layer],
+    stats: Stats,
+    reached: AbstractSet[str],
+    notes: Sequence[str] = (),
+) -> Report:
     """The report of a model with this plan.
 
     Args:
         live: the live module tree.
         sites: its sites.
         plan: the present plan.
+        records: what each module got that was recorded, by its name.
         stats: the counts so far.
         reached: the names of the weights and latents that a backward has brought a gradient to.
+        notes: what of the given model was not taken over: dotted names, each with the reason.
     """
     counts: dict[str, int] = {}
     opaque: set[str] = set()
@@ -163,16 +185,37 @@ def make_report(live: nn.Module, sites: Sequence[Site], plan: Plan, stats: Stats
                 reached=touched if any_backward and any(t.requires_grad for t in tensors) else None,
             )
         )
-    body_nodes = (
-        [] if plan.body is None else [n for n in plan.body.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    )
+    graphs = [graph for graph in (plan.body, *(one.module for ones in plan.recorded.values() for one in ones[:1])) if graph]
+    body_nodes = sum(n.op not in ("placeholder", "get_attr", "output") for graph in graphs for n in graph.graph.nodes)
+    found = _layers(live, plan, records)
     return Report(
         sites=tuple(rows),
-        body="live" if plan.body is None else "graph",
-        why_live=plan.why_live if plan.body is None else "",
+        body="graph" if plan.body is not None or "" in plan.recorded else "regions" if plan.recorded else "live",
+        why_live=_why_live(plan, found[0]),
+        layers=found,
         prologue_nodes=sum(counts.values()),
-        body_nodes=len(body_nodes),
+        body_nodes=body_nodes,
         hoisted=tuple(name for name in plan.values if name.startswith("hoisted.")),
-        trail=plan.program.trail,
+        trail=(*(_declined(note) for note in notes), *plan.program.trail),
         stats=stats,
     )
+
+
+def _layers(live: nn.Module, plan: Plan, records: Mapping[str, Layer]) -> tuple[Layer, ...]:
+    """The model first, then its modules by name."""
+    if plan.body is not None:
+        return (Layer("", type(live).__name__, "symbolic"),)
+    if "" not in records:
+        return (Layer("", type(live).__name__, "live", plan.why_live),)
+    return tuple(records[path] for path in sorted(records))
+
+
+def _why_live(plan: Plan, model: Layer) -> str:
+    if plan.body is not None or "" in plan.recorded:
+        return ""
+    return plan.why_live if model.reason in ("", plan.why_live) else f"{plan.why_live}; recorded: {model.reason}"
+
+
+def _declined(note: str) -> Record:
+    name, _, why = note.partition(": ")
+    return Record("adopt", f"take over {name}", why, refused=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedBuffer
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxparam.errors import AdoptionError
@@ -254,6 +255,8 @@ def _clone(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
     """``tensor`` on a clone of its storage, made once for all tensors on that storage."""
     if tensor.grad_fn is not None:
         return tensor
+    if isinstance(tensor, UninitializedBuffer):  # has no deepcopy, other than a lazy parameter
+        return UninitializedBuffer(tensor.requires_grad, tensor.device, tensor.dtype, tensor.persistent)  # type: ignore
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         return copy.deepcopy(tensor)

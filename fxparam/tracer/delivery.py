@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 from types import CodeType
 from typing import Any, Protocol
 
@@ -185,7 +185,10 @@ def owner_class(base: Any, names: tuple[str, ...]) -> Any:
         body["_flat_weights"] = _flat_weights
         # Packing for cuDNN writes into the weights; computed ones are packed at each call instead.
         body["flatten_parameters"] = lambda self: None
+    if issubclass(base, nn.ParameterList):
+        body["__getitem__"] = _item_or_slice(base)
     body |= {
+        "__init__": _initialize(base),
         "__setattr__": _set_attribute(base, frozenset(names)),
         "__delattr__": _delete_attribute(base),
         "_replicate_for_data_parallel": _replicate(base),
@@ -195,6 +198,32 @@ def owner_class(base: Any, names: tuple[str, ...]) -> Any:
         "__doc__": base.__doc__,
     }
     return type(base)(base.__name__, (base,), body)
+
+
+def _initialize(base: type[nn.Module]) -> Any:
+    @wraps(base.__init__)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Owners are never called into being: a module that code makes by type(self)(...) computes nothing.
+        self.__class__ = base
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
+    return __init__
+
+
+def _item_or_slice(base: type[nn.ParameterList]) -> Any:
+    def __getitem__(self: nn.ParameterList, index: int | slice) -> Any:
+        if not isinstance(index, slice):
+            return base.__getitem__(self, index)
+        part = base()
+        for position, value in enumerate(self[i] for i in range(*index.indices(len(self)))):
+            computed = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+            part.append(None if computed else value)
+            if computed:
+                # Given to append, it would become a parameter, cut off from its latents.
+                part.__dict__[str(position)] = value
+        return part
+
+    return __getitem__
 
 
 def _weight_property(name: str) -> property:

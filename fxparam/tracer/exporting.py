@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fxparam.errors import TraceError
-from fxparam.tracer.hazards import error_line, python_random_states
+from fxparam.tracer.cutting import Leaf, RecordedBody
+from fxparam.tracer.hazards import error_line, no_autograd_functions, python_random_states
+from fxparam.tracer.signature import Structure, flatten, signature_of
+from fxparam.tracer.watch import Watch
 
 
 def export_program(
-    plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = None
+    plain: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    grad: bool = False,
 ) -> ExportedProgram:
     """Export a model without computed weights.
 
@@ -24,20 +33,92 @@ def export_program(
         args: positional inputs.
         kwargs: keyword inputs.
         dynamic_shapes: as for ``torch.export.export``.
+        grad: whether the graph is to be trained. Without gradients, blocks of the model's own without any leave no mark in it.
 
     Raises:
         TraceError: ``torch.export`` refuses it; the message is its first line with the source line.
     """
+
+    def export() -> ExportedProgram:
+        with torch.set_grad_enabled(grad):
+            return _export(plain, args, dict(kwargs or {}), dynamic_shapes)
+
     with warnings.catch_warnings():
         # Recurrent layers keep their weights in a list besides; the tracer warns that it does not see writes to it.
         warnings.filterwarnings("ignore", message=".*_flat_weights.*", category=UserWarning)
         before = python_random_states()
-        try:
-            exported = torch.export.export(plain, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            reason = f"torch.export raised {type(error).__name__}: {first}"
-            raise TraceError(" at ".join(filter(None, (reason, error_line(error))))) from error
-        if before != python_random_states():
+        exported = export()
+        if before != python_random_states() and not all(_same(exported, export()) for _ in range(_TRIALS)):
             raise TraceError("the forward draws random numbers that are not PyTorch's, and an exported graph would repeat them")
     return exported
+
+
+_TRIALS = 4
+"""How often a model that draws random numbers of Python's is exported again to see whether they matter."""
+
+
+def _export(plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(plain, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = f"torch.export raised {type(error).__name__}: {first}"
+        raise TraceError(" at ".join(filter(None, (reason, error_line(error))))) from error
+
+
+def _same(one: ExportedProgram, other: ExportedProgram) -> bool:
+    """Whether two exports of one model, on other random numbers, are the same: operations, literals and constants."""
+    if str(one.graph) != str(other.graph) or one.constants.keys() != other.constants.keys():
+        return False
+    pairs = [(value, other.constants[name]) for name, value in one.constants.items()]
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
+
+
+def exported_body(root: nn.Module, plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedBody:
+    """The graph of a model by ``torch.export``, for calls like the given one, in the mode it is in.
+
+    Args:
+        root: the live module tree, whose tensors the graph reads by their names.
+        plain: the same model with plain parameters in place of computed weights.
+        args: positional inputs.
+        kwargs: keyword inputs.
+
+    Raises:
+        TraceError: ``torch.export`` refuses it, or loses something of it.
+    """
+    with no_autograd_functions():
+        module: Any = export_program(plain, args, kwargs, grad=True).module()
+    leaves, structure = flatten((args, kwargs))
+    given = [node for node in module.graph.nodes if node.op == "placeholder"]
+    known = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}
+    held: dict[str, Tensor] = {}
+    graph = fx.Graph()
+    nodes: dict[fx.Node, Any] = {
+        node: graph.placeholder(node.name) if isinstance(leaf, Tensor) else leaf
+        for node, leaf in zip(given, leaves, strict=True)
+    }
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in known:
+            value = attrgetter(str(node.target))(module)
+            if not isinstance(value, Tensor):
+                raise TraceError("the forward switches grad mode or autocast, or has branches of its own")
+            held[f"captured.{len(held)}"] = value
+            nodes[node] = graph.get_attr(f"captured.{len(held) - 1}")
+        elif node.op not in ("placeholder", "output", "call_module"):
+            nodes[node] = graph.node_copy(node, nodes.__getitem__)
+    results = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    tensors = [nodes[leaf] for leaf in results if isinstance(leaf, fx.Node)]
+    position = iter(range(len(tensors)))
+    outputs = tuple(Leaf(next(position)) if isinstance(leaf, fx.Node) else Leaf(None, leaf) for leaf in results)
+    graph.output(tuple(tensors))
+    return RecordedBody(
+        path="",
+        module=root,
+        graph=graph,
+        signature=signature_of(leaves, structure, shapes=True),
+        shapes=True,
+        tensors=held,
+        outputs=outputs,
+        structure=Structure(module._out_spec, (None,) * len(results)),
+        watch=Watch(root.modules()),
+    )

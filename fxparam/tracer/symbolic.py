@@ -116,6 +116,19 @@ def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
     return TracedBody(graph, tracer.tensors, tracer.leaves, watch, tuple(tracer.arguments), tracer.asked())
 
 
+def check_names(root: nn.Module) -> None:
+    """Check that a graph module can hold what this module holds.
+
+    Raises:
+        TraceError: a name is one that it needs for itself.
+    """
+    taken = (_OF_GRAPH_MODULES | {"hoisted", "constants", "captured"}).intersection(
+        (*root._modules, *root._parameters, *root._buffers)
+    )
+    if taken:
+        raise TraceError(f"{type(root).__name__}.{sorted(taken)[0]} has a name that a graph module needs for itself")
+
+
 def kind_of(tensor: Tensor) -> tuple[Any, ...]:
     """What code may ask of a parameter without looking at its values."""
     return tensor.shape, tensor.dtype, tensor.device
@@ -201,11 +214,7 @@ class _Tracer(fx.Tracer):
         self.watch = Watch(module for module in root.modules() if not _is_torch(module))
         if reason := _hooks(root) or ("forward" in root.__dict__ and "its forward is set on the instance"):
             raise TraceError(f"{type(root).__name__}: {reason}")
-        taken = (_OF_GRAPH_MODULES | {"hoisted", "constants", "captured"}).intersection(
-            (*root._modules, *root._parameters, *root._buffers)
-        )
-        if taken:
-            raise TraceError(f"{type(root).__name__}.{sorted(taken)[0]} has a name that a graph module needs for itself")
+        check_names(root)
 
     # --- weights, parameters, buffers
 
@@ -271,7 +280,7 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that is looked into, or one node."""
         path = self.path_of_module(m)
-        if not self.is_leaf_module(m, path):
+        if not self.is_leaf_module(m, path) or self._is_arithmetic(m, args, kwargs):
             if reason := _hooks(m) or ("forward" in m.__dict__ and "its forward is set on the instance"):
                 raise Hazard(f"{path} ({type(m).__name__}): {reason}")
             if not any(m is known for known in self.looked_into):
@@ -283,6 +292,20 @@ class _Tracer(fx.Tracer):
             bound = inspect.signature(type(m).forward).bind(m, *args, **kwargs)
             return (result[0], result[1] if bound.arguments.get("need_weights", True) else None)
         return result
+
+    def _is_arithmetic(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether one operation of PyTorch's is applied to nothing that depends on an input: that is weight arithmetic."""
+        if not isinstance(m, _TRANSPARENT) or _hooks(m) or "forward" in m.__dict__:
+            return False
+        todo = [leaf.node for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
+        seen: set[fx.Node] = set()
+        while todo:
+            node = todo.pop()
+            if node.op == "placeholder":
+                return False
+            todo += [other for other in node.all_input_nodes if other not in seen]
+            seen.update(todo)
+        return True
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Placeholders for the required arguments; Python fills in the defaults of the others."""

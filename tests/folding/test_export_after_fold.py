@@ -83,7 +83,7 @@ def test_the_export_layer_folds_to_the_same_numbers(case: Case) -> None:
 
     plain, model = made(case)
     for arithmetic in (True, False):
-        folded = _exported(plain_model(model), (inputs(),), None, arithmetic)
+        folded = _exported(plain_model(model), ((inputs(),), {}), None, None, arithmetic)
         close(run(folded, inputs()), run(plain, inputs()))
         close(run(folded, inputs(seed=8)), run(plain, inputs(seed=8)))
         assert not any(p.requires_grad for p in folded.parameters())

@@ -1,0 +1,373 @@
+"""Watching the Python of a forward while it runs: which modules are called, and what it does that no graph shows.
+
+A recording runs the real code, so nothing can go wrong while it is made. Wrong would be to run the graph later in place of code
+that did more than compute tensors: wrote attributes, printed, asked a clock, drew Python's random numbers, entered a transform
+of PyTorch's. Each function is looked at when it is called for the first time; what it reads from outside is remembered, to be
+watched from then on.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import gc
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxparam.tracer.watch import is_watchable
+
+_CALL = nn.Module._wrapped_call_impl.__code__
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_CONTAINERS = (list, dict, set)
+# Python of PyTorch that does something besides operations on tensors.
+_INTERVENES = (
+    *("torch.autograd.", "torch.func.", "torch._functorch.", "torch.utils.checkpoint.", "torch.random.", "torch.distributed."),
+    *("torch.nn.utils.parametrize.", "torch.nn.utils.weight_norm.", "torch.nn.utils.spectral_norm.", "torch.nn.utils.prune."),
+    *("torch.nn.parallel.", "torch.jit.", "torch.cuda.", "torch.multiprocessing.", "torch.hub.", "torch.serialization."),
+)
+_HARMLESS = ("torch.autograd.grad_mode.", "torch.jit._trace.", "torch.jit.annotations.", "torch.jit._script.")
+_QUESTIONS = frozenset({"is_tracing", "is_scripting", "is_available", "is_initialized", "is_current_stream_capturing"})
+# Functions written in C that act on the world, or ask it.
+_OUTSIDE = frozenset(
+    "time _io posix nt _random random _socket _posixsubprocess _ctypes _warnings datetime _contextvars".split()
+)
+_ASKS = frozenset({"now", "today", "utcnow", "get"})
+_OUTSIDE_PYTHON = ("random", "secrets", "uuid", "subprocess", "threading", "socket", "multiprocessing")
+_WRITES = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME")
+# Objects of these packages and kinds may be read from outside although changes of theirs cannot be seen.
+_TRUSTED = ("torch", "fxparam", "logging", "typing", "re", "functools", "types", "abc", "enum", "weakref")
+_DYNAMIC = frozenset({"getattr", "hasattr", "attrgetter", "vars", "__dict__", "__getattribute__"})
+_DEPTH = 6
+
+
+class Observer:
+    """Looks at the Python that runs in one thread.
+
+    Args:
+        root: the model.
+        entered: called with a module and its arguments when it is called.
+        left: called with what a module returned.
+        hazard: called with what happened that no graph shows.
+
+    Attributes:
+        names: the attribute names that the code mentions.
+        dynamic: whether it may read attributes whose names it does not mention.
+        places: the globals, closures, defaults and attributes of classes it reads, as containers and keys.
+        held: tensors that it finds there, each with its version then.
+        lost: what it wrote outside of the model; empty if nothing.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        entered: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+        left: Callable[[Any], None],
+        hazard: Callable[[str], None],
+    ) -> None:
+        self.entered, self.left, self.hazard = entered, left, hazard
+        self.names: set[str] = {"training", "forward"}
+        self.dynamic = False
+        self.places: list[tuple[Any, Any]] = []
+        self.held: dict[int, tuple[Tensor, int]] = {}
+        self.lost = ""
+        self._seen: dict[types.CodeType, str] = {}
+        self._closures: dict[tuple[Any, ...], str] = {}
+        self._cached: set[types.CodeType] = set()
+        self._outside: list[tuple[str, Callable[[], Any], list[Any]]] = []
+        self._known: dict[tuple[int, str], tuple[Any, str]] = {}
+        self._unwatchable = dict(_unwatchable(root))
+        for cls in classes_of(root):
+            self._outside.append((f"the class {cls.__name__}", functools.partial(_members, cls), snapshot(_members(cls))))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at everything that runs inside the block in this thread."""
+        sys.setprofile(self._on_event)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+        for what, get, then in self._outside:
+            if not same(snapshot(get()), then):
+                self.lost = self.lost or f"the forward writes {what}"
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Look away inside the block."""
+        sys.setprofile(None)
+        try:
+            yield
+        finally:
+            sys.setprofile(self._on_event)
+
+    def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        code = frame.f_code
+        if event == "return":
+            if code is _CALL:
+                self.left(arg)
+            elif code in self._cached and _has_tensor(arg):
+                self.hazard(f"{code.co_name} fills a cache with tensors")
+        elif event == "call":
+            if code is _CALL:
+                given = frame.f_locals
+                self.entered(given["self"], given["args"], given["kwargs"])
+            else:
+                self._called(frame)
+        elif event == "c_call" and _is_users(frame):
+            owner = getattr(arg, "__self__", None)
+            home = getattr(arg, "__module__", None) or (owner if isinstance(owner, type) else type(owner)).__module__
+            name = getattr(arg, "__name__", "")
+            if home in ("datetime", "_contextvars") and name not in _ASKS:
+                return
+            if home in _OUTSIDE or (home == "builtins" and name in ("print", "input", "open", "exec", "eval")):
+                self.hazard(f"{code.co_name} calls {'' if home == 'builtins' else f'{home}.'}{name}()")
+
+    def _called(self, frame: types.FrameType) -> None:
+        home = frame.f_globals.get("__name__", "")
+        package = home.split(".")[0]
+        if package in ("torch", "fxparam"):
+            full, name = f"{home}.", frame.f_code.co_name
+            intervenes = full.startswith(_INTERVENES) and not full.startswith(_HARMLESS) and name not in _QUESTIONS
+            if intervenes and _is_users(frame.f_back):
+                self.hazard(f"the forward calls {home}.{name}, which a graph of operations does not show")
+            return
+        if package in _OUTSIDE_PYTHON and _is_users(frame.f_back):
+            self.hazard(f"the forward calls {home}.{frame.f_code.co_name}")
+        if home == "logging" and _is_users(frame.f_back) and not _says_once(frame):
+            # Nothing is written now; another level, and it is.
+            self.hazard("the forward writes to a log")
+        if package in sys.stdlib_module_names and home != "__main__":
+            return
+        code = frame.f_code
+        reason = self._seen.get(code)
+        if reason is None:
+            reason = self._seen[code] = self._look(code, frame.f_globals)
+        if code.co_freevars or any(type(value) in _CONTAINERS for value in frame.f_locals.values()):
+            reason = reason or self._look_at_function(code, frame.f_locals)
+        if reason:
+            self.hazard(reason)
+
+    def _look(self, code: types.CodeType, namespace: dict[str, Any]) -> str:
+        """Why calls of this function are nothing for a graph, or ''."""
+        names = set(code.co_names)
+        if not _DYNAMIC.isdisjoint(names):
+            self.dynamic = True
+            names |= {const for const in code.co_consts if isinstance(const, str)}
+        self.names |= names
+        if lost := names & self._unwatchable.keys():
+            return f"{code.co_name} reads {self._unwatchable[sorted(lost)[0]]}, which cannot be watched for changes"
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in _WRITES:
+                return f"{code.co_name} writes the global {instruction.argval!r}"
+            if instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars:
+                return f"{code.co_name} writes {instruction.argval!r} of an enclosing function"
+            if instruction.opname == "LOAD_GLOBAL" and instruction.argval in namespace:
+                name = str(instruction.argval)
+                if reason := self._read(f"the global {name!r}", namespace, name, names):
+                    return f"{code.co_name} reads {reason}"
+        return ""
+
+    def _look_at_function(self, code: types.CodeType, local: Mapping[str, Any]) -> str:
+        """The same for what belongs to one function with this code: its closure, and defaults that it may write to."""
+        free = [name for name in code.co_freevars if name != "__class__" and name in local]
+        containers = [name for name, value in local.items() if type(value) in _CONTAINERS and name not in free]
+        if not free and code in self._closures:
+            return self._closures[code]  # type: ignore[index]
+        key: Any = (code, *(id(local[name]) for name in free)) if free else code
+        if key not in self._closures:
+            self._closures[key] = self._look_into(code, local, free, containers)
+        return self._closures[key]
+
+    def _look_into(self, code: types.CodeType, local: Mapping[str, Any], free: Sequence[str], containers: Sequence[str]) -> str:
+        steady = types.FunctionType | types.BuiltinFunctionType | types.ModuleType | type
+        risky = [name for name in free if not isinstance(local[name], steady)]
+        for function in _functions_of(code) if risky or containers else ():
+            cells = dict(zip(code.co_freevars, map(Cell, function.__closure__ or ()), strict=False))
+            if any(not cells[name].holds(local[name]) for name in free):
+                continue
+            for name in risky:
+                if reason := self._read(f"{name!r} of an enclosing function", cells[name], "cell_contents", code.co_names):
+                    return f"{code.co_name} reads {reason}"
+            if function.__defaults__ or function.__kwdefaults__:
+                defaults = {"defaults": function.__defaults__, "keywords": function.__kwdefaults__}
+                for kind in defaults:
+                    self._read(f"a default of {code.co_name}", defaults, kind, ())
+        return ""
+
+    def _read(self, what: str, container: Any, key: str, names: Any, depth: int = 3) -> str:
+        """Remember something that is read from outside; returns it if it cannot be watched."""
+        value = container[key]
+        if isinstance(value, type | types.ModuleType):
+            self._read_members(what, value, names, depth)
+        elif (id(container), key) not in self._known or isinstance(container, Cell):
+            # With the container, whose id must not be used again.
+            self._known[id(container), key] = (container, self._read_value(what, container, key, value))
+        else:
+            return self._known[id(container), key][1]
+        self.places.append((container, key))
+        return self._known.get((id(container), key), (None, ""))[1]
+
+    def _read_value(self, what: str, container: Any, key: str, value: Any) -> str:
+        if isinstance(value, Tensor):
+            self.held.setdefault(id(value), (value, -1 if value.is_inference() else value._version))
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._cached.add(value.__wrapped__.__code__)
+        elif isinstance(value, types.FunctionType):
+            if vars(value).keys() - {"__wrapped__"}:
+                self._remember(f"attributes of {what}", functools.partial(vars, value))
+                self.places += [(vars(value), name) for name in vars(value)]
+        elif not is_watchable(value) and not _is_trusted(value):
+            return f"{what}, a {type(value).__module__}.{type(value).__name__}, which cannot be watched for changes"
+        elif not isinstance(value, nn.Module):
+            self._remember(what, functools.partial(_item, container, key))
+        return ""
+
+    def _read_members(self, what: str, value: Any, names: Any, depth: int) -> None:
+        """What the code may read of a class or a module of a user's."""
+        home = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+        if depth == 0 or _is_torchs_or_standard(home):
+            return
+        holders = value.__mro__[:-1] if isinstance(value, type) else (value,)
+        for holder in holders:
+            items = Members(holder)
+            for name in set(names) & vars(holder).keys():
+                self._read(f"{name!r} of {what}", items, name, names, depth - 1)
+
+    def _remember(self, what: str, get: Callable[[], Any]) -> None:
+        self._outside.append((what, get, snapshot(get())))
+
+
+class Cell:
+    """The content of a closure's cell as an item."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, name: str) -> Any:
+        return self.cell.cell_contents
+
+    def holds(self, value: Any) -> bool:
+        """Whether it has this content now."""
+        try:
+            return self.cell.cell_contents is value
+        except ValueError:
+            return False
+
+
+class Members:
+    """What a class or a module defines, as items; functions by number, so that nobody looks into them."""
+
+    def __init__(self, holder: Any) -> None:
+        self.holder = holder
+        # No other function gets one of these numbers.
+        self._kept = [value for value in vars(holder).values() if isinstance(value, types.FunctionType)]
+
+    def __getitem__(self, name: str) -> Any:
+        value = vars(self.holder)[name]
+        return id(value) if isinstance(value, types.FunctionType) and isinstance(self.holder, type) else value
+
+
+def _item(container: Any, key: Any) -> Any:
+    return container[key]
+
+
+def _members(cls: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(cls).items() if not name.startswith(("__", "_abc_"))}
+
+
+def classes_of(root: nn.Module) -> list[type]:
+    """The classes of a user's behind the modules of a model."""
+    every = {base: None for module in root.modules() for base in type(module).__mro__}
+    return [base for base in every if not _is_torchs_or_standard(base.__module__)]
+
+
+def _is_torchs_or_standard(home: str) -> bool:
+    package = home.split(".")[0]
+    return package in ("torch", "fxparam") or (package in sys.stdlib_module_names and home != "__main__")
+
+
+def _is_trusted(value: Any) -> bool:
+    return type(value).__module__.split(".")[0] in _TRUSTED or type(value).__name__ in ("ufunc", "TypeVar")
+
+
+def _functions_of(code: types.CodeType) -> list[types.FunctionType]:
+    return [one for one in gc.get_referrers(code) if type(one) is types.FunctionType and one.__code__ is code]
+
+
+def _has_tensor(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, dict | list | tuple) and depth:
+        return any(_has_tensor(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
+
+
+def snapshot(value: Any) -> list[Any]:
+    """What a container or an object holds, at any depth, as a list to be compared by identity; all of it stays alive."""
+    found: list[Any] = []
+    for item in _items(value) or ():
+        _gather(item, found, set(), _DEPTH)
+    return found or [value]
+
+
+def _gather(value: Any, found: list[Any], seen: set[int], depth: int) -> None:
+    found.append(value)
+    items = _items(value) if depth and id(value) not in seen else None
+    if items is not None:
+        seen.add(id(value))
+        for item in items:
+            _gather(item, found, seen, depth - 1)
+
+
+def _items(value: Any) -> list[Any] | None:
+    if isinstance(value, dict):
+        return [part for item in list(value.items()) for part in item]
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    return [part for item in list(vars(value).items()) for part in item] if _is_plain(value) else None
+
+
+def _unwatchable(root: nn.Module) -> Iterator[tuple[str, str]]:
+    for path, module in root.named_modules():
+        for name, value in module.__dict__.items():
+            if name not in _OF_EVERY_MODULE and not is_watchable(value):
+                yield name, f"{path + '.' if path else ''}{name}, a {type(value).__module__}.{type(value).__name__}"
+
+
+def contents_of(module: nn.Module) -> list[Any]:
+    """The attributes of a module and what they hold, to be compared by identity with ``same``."""
+    plain = {name: value for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE or name == "training"}
+    registries = (module._parameters, module._buffers, module._modules)
+    return [part for holder in (plain, *registries) for part in (*snapshot(holder), None)]
+
+
+def same(now: list[Any], then: list[Any]) -> bool:
+    """Whether two snapshots hold the very same objects."""
+    return len(now) == len(then) and all(map(is_, now, then))
+
+
+def _is_plain(value: Any) -> bool:
+    home = type(value).__module__.split(".")[0]
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, type | types.ModuleType | types.FunctionType | nn.Module)
+        and home not in ("torch", "numpy")
+        and (home == "__main__" or home not in sys.stdlib_module_names or type(value) is types.SimpleNamespace)
+    )
+
+
+def _is_users(frame: types.FrameType | None) -> bool:
+    home = frame.f_globals.get("__name__", "") if frame is not None else "torch"
+    return home.split(".")[0] not in ("torch", "fxparam", *(() if home == "__main__" else sys.stdlib_module_names))
+
+
+def _says_once(frame: types.FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name.endswith("_once"):
+            return True
+        frame = frame.f_back
+    return False
