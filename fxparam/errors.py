@@ -21,7 +21,7 @@ class ImageError(FxparamError, ValueError):
 
 
 class AdoptionError(FxparamError, ValueError):
-    """A computed weight already in the model cannot be taken over."""
+    """A rule is for a weight that the model computes already, in a way that cannot be taken over."""
 
 
 class TraceError(FxparamError, RuntimeError):

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from fxparam.api.exported import export_bodies
 from fxparam.api.inputs import Inputs, as_call
 from fxparam.declaration import Declaration, Existing
-from fxparam.errors import SpecError
+from fxparam.errors import AdoptionError, SpecError
 from fxparam.program import Site
 from fxparam.runtime.module import ParametrizedModule
 from fxparam.runtime.optimizers import repoint, watch_replaced
 from fxparam.spec.names import PARAMETRIZATIONS, NamedTensor, join, named_tensors, split
 from fxparam.spec.resolve import Task, home_of, latent_owner, nearest, resolve
+from fxparam.spec.selectors import Glob
 from fxparam.spec.spec import Spec
 from fxparam.tracer import peft_class, peft_layers
 from fxparam.tracer.adoption import LEGACY_SCHEMES, Adopted
@@ -51,7 +52,8 @@ def transform(
             computes is taken over, and its weight arithmetic hoisted.
         example_inputs: inputs of the model, a tuple of positional or a mapping of keyword ones: for ``fold`` and the exporters,
             and to record the model now instead of at its first call (in the mode it is in, and without a trace of it).
-        adopt: also take over ``torch.nn.utils.parametrize``, the legacy ``weight_norm`` and ``spectral_norm``, and pruning.
+        adopt: also take over ``torch.nn.utils.parametrize``, the legacy ``weight_norm`` and ``spectral_norm``, pruning, and the
+            LoRA layers of ``peft`` (their ``merged_weight``, where they have no dropout).
         copy: share no tensor with the given model.
         optimizer: an optimizer of the given model's parameters, pointed at the latents instead.
         trace: ``"auto"``: a graph of the body where symbolic tracing is exact; else live Python that is recorded at its first
@@ -64,7 +66,7 @@ def transform(
 
     Raises:
         SpecError: the spec does not fit the model.
-        AdoptionError: what the model already computes cannot be taken over.
+        AdoptionError: a rule is for a weight that the model computes already in a way that cannot be taken over.
         TraceError: ``trace="symbolic"`` or ``"export"``, and the model cannot be traced exactly.
     """
     if not isinstance(model, nn.Module):
@@ -86,6 +88,7 @@ def transform(
         raise SpecError(f"got trace={trace!r}, expected one of {', '.join(map(repr, TRACES))}")
     copied = structural_copy(model, adopt=adopt, copy_tensors=copy)
     builder = _Builder(copied.root, spec if isinstance(spec, Spec) else Spec(spec), copied.adopted)
+    _check_rules(builder.spec, copied.notes)
     builder.build()
     notes = (*copied.notes, *(builder.build_lora(shared=not copy) if adopt else ()))
     sites = tuple(builder.sites)
@@ -111,6 +114,18 @@ def transform(
         repoint(optimizer, replaced)
     watch_replaced(result, replaced)
     return result
+
+
+def _check_rules(spec: Spec, notes: Sequence[str]) -> None:
+    """A rule for a weight that is computed already and could not be taken over would be lost.
+
+    Raises:
+        AdoptionError: there is one.
+    """
+    for name, _, reason in (note.partition(": ") for note in notes):
+        for rule in spec:
+            if isinstance(rule, Glob) and fnmatch.fnmatchcase(name, rule.pattern):
+                raise AdoptionError(f"rule {rule}: {name} {reason}; or transform(..., adopt=False) without a rule for it")
 
 
 def _needed(inputs: Inputs | None) -> Inputs:

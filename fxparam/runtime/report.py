@@ -204,7 +204,8 @@ def make_report(
 def _layers(live: nn.Module, plan: Plan, records: Mapping[str, Layer]) -> tuple[Layer, ...]:
     """The model first, then its modules by name."""
     if plan.body is not None:
-        return (Layer("", type(live).__name__, "symbolic"),)
+        # Calls with other arguments than the required ones may have been recorded besides.
+        return (Layer("", type(live).__name__, "symbolic"), *(records[path] for path in sorted(records)))
     if "" not in records:
         return (Layer("", type(live).__name__, "live", plan.why_live),)
     return tuple(records[path] for path in sorted(records))

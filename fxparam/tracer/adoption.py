@@ -29,7 +29,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fxparam.errors import AdoptionError, ImageError
+from fxparam.errors import ImageError
 
 # What each legacy hook keeps on its module, "<tensor><suffix>", and the name of the same tensor under
 # "parametrizations.<tensor>." in the scheme of torch.nn.utils.parametrize. Names in "original*" are latents.
@@ -195,21 +195,20 @@ def take_over(module: nn.Module, path: str) -> tuple[list[Adopted], list[str]]:
 
     Returns:
         The weights, parametrizations first, then hooks, each in the order of their registration; and for each
-        parametrization that has to stay a note that says why.
-
-    Raises:
-        AdoptionError: the legacy hooks of this module depend on each other, or on tensors that are not there.
+        parametrization or hook that has to stay a note that says why.
     """
     hooks = _legacy_hooks(module)
-    _check_independent(module, path, hooks)
-    adopted, notes = [], []
+    stay = _dependent(module, hooks)
+    adopted, notes = [], [f"{dotted(path, name)}: {reason}" for name, reason in stay.items()]
     for name in parametrized_names(module):
         reason = _obstacle(_parametrizations(module)[name])
+        if name in stay:
+            continue
         if reason:
             notes.append(f"{dotted(path, name)}: keeps its torch parametrization, {reason}")
         else:
             adopted.append(_take_parametrization(module, name))
-    adopted += [_take_legacy(module, hook) for hook in hooks]
+    adopted += [_take_legacy(module, hook) for hook in hooks if hook.tensor_name not in stay]
     for taken in adopted:
         _strip_state_dict_hooks(module, taken.tensor_name)
         _forget_flat_weight(module, taken.tensor_name)
@@ -300,31 +299,28 @@ def has_legacy_hooks(module: nn.Module) -> bool:
     return bool(_legacy_hooks(module))
 
 
-def _check_independent(module: nn.Module, path: str, hooks: list[_Legacy]) -> None:
-    """Each hook must read stored tensors only: what another one computes it would read as of the forward before."""
+def _dependent(module: nn.Module, hooks: list[_Legacy]) -> dict[str, str]:
+    """The computed tensors that stay with their hooks, and why: a hook reads what another computes as of the forward before."""
     computed = {name: ["parametrize"] for name in parametrized_names(module)}
     for hook in hooks:
         computed.setdefault(hook.tensor_name, []).append(hook.origin)
+    stay: dict[str, str] = {}
     for hook in hooks:
-        where = f"module {path or '(root)'!r} ({type(module).__name__}), tensor {hook.tensor_name!r}: the {hook.origin}"
+        keeps = f"keeps its {hook.origin}, because"
         if len(computed[hook.tensor_name]) > 1:
-            raise AdoptionError(
-                f"{where} is one of {len(computed[hook.tensor_name])} that compute it "
-                f"({', '.join(computed[hook.tensor_name])}); expected one; keep one of them and type "
-                f"{_UNDO[hook.origin].format(hook.tensor_name)} for the other, or transform(..., adopt=False)"
-            )
+            stay[hook.tensor_name] = f"{keeps} several compute it ({', '.join(computed[hook.tensor_name])})"
         for leaf in hook.leaves:
             if leaf in computed:
-                raise AdoptionError(
-                    f"{where} reads {leaf!r}, which is itself computed ({computed[leaf][0]}); expected a stored tensor;"
-                    f" type {_UNDO[computed[leaf][0]].format(leaf)} and say it in the spec, "
-                    "or transform(..., adopt=False)"
+                remedy = _UNDO[computed[leaf][0]].format(leaf)
+                stay[hook.tensor_name] = (
+                    f"{keeps} it reads {leaf}, which is itself computed ({computed[leaf][0]}); to have both adopted type "
+                    f"{remedy} and say it in the spec"
                 )
-            if _stored(module, leaf) is None:
-                raise AdoptionError(
-                    f"{where} reads {leaf!r}, which is neither a parameter nor a buffer of the module; "
-                    f"type module.register_parameter({leaf!r}, ...) or transform(..., adopt=False)"
-                )
+                reader = f"the {hook.origin} of {hook.tensor_name}"
+                stay.setdefault(leaf, f"keeps its {computed[leaf][0]}, because {reader} reads it")
+            elif _stored(module, leaf) is None:
+                stay[hook.tensor_name] = f"{keeps} it reads {leaf}, which is neither a parameter nor a buffer of the module"
+    return stay
 
 
 def _stored(module: nn.Module, name: str) -> Tensor | None:

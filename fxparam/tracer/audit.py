@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxparam.tracer.hazards import Hazard
+from fxparam.tracer.hazards import Hazard, outside_call
 from fxparam.tracer.watch import ClassItems, is_watchable
 
 _WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "DELETE_SUBSCR", "IMPORT_NAME", "STORE_NAME")
@@ -108,6 +108,8 @@ class Audit:
                 gc.enable()
 
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "c_call" and _is_users(frame) and (called := outside_call(arg)):
+            raise Hazard(f"{frame.f_code.co_name} calls {called}")
         if event != "call" or frame.f_code in self._seen:
             return
         home = frame.f_globals.get("__name__", "")
@@ -205,7 +207,8 @@ class Audit:
                 self._look_at_class(value)
         elif isinstance(value, types.BuiltinFunctionType):
             owner = getattr(value, "__self__", None)
-            home = value.__module__ or type(owner).__module__
+            # Of a method of a class written in C (datetime.now) only the class knows where it is from.
+            home = value.__module__ or getattr(owner, "__module__", None) or type(owner).__module__
             if home.startswith(("_random", "random", "numpy")):
                 raise Hazard(f"{what}: random numbers that are not PyTorch's are baked in ({at})")
             if not (home.startswith(("torch", "math", "_operator", "builtins")) or owner in (torch, math)):

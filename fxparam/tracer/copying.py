@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fxparam.errors import AdoptionError
 from fxparam.tracer import adoption
 from fxparam.tracer.references import PLAIN, TABLES, Immutable, Mutable, is_compiled, kind_of
 
@@ -51,9 +50,6 @@ def structural_copy(model: nn.Module, *, adopt: bool = True, copy_tensors: bool 
             ``torch.nn.utils.prune``) off the copy and return them. A parametrization inside a parametrization stays.
         copy_tensors: clone every tensor, each storage once, so that ties and views hold among the clones. What has an
             autograd graph of its own stays shared, and ``.grad`` and gradient hooks of tensors are not copied.
-
-    Raises:
-        AdoptionError: a computed weight cannot be taken over; the message names module, tensor and remedy.
     """
     scan = _Scan(model, copy_tensors)
     memo, notes = _build(scan)
@@ -66,12 +62,13 @@ def structural_copy(model: nn.Module, *, adopt: bool = True, copy_tensors: bool 
         names = adoption.parametrized_names(module)
         if id(module) not in inside:
             if names and not adoption.has_generated_class(module):
-                raise AdoptionError(
-                    f"module {path or '(root)'!r} ({type(module).__name__}), tensor {names[0]!r}: expected the class "
-                    "that torch.nn.utils.parametrize generated, and found one that was changed afterwards "
-                    "(remove_parametrizations on a deep copy does that, and so does fully_shard); transform the model "
-                    "before, or type transform(..., adopt=False)"
-                )
+                notes += [
+                    f"{adoption.dotted(path, name)}: keeps its torch parametrization, because the class that PyTorch generated "
+                    "for it was changed afterwards (remove_parametrizations on a deep copy does that, and fully_shard); "
+                    "transform the model before"
+                    for name in names
+                ]
+                continue
             taken, reasons = adoption.take_over(new, path)
             adopted += taken
             notes += reasons

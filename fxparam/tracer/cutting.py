@@ -141,13 +141,21 @@ class _Builder:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         # Refuses what is neither a tensor nor a plain value.
         signature_of([leaf for leaf in leaves if not isinstance(leaf, Tensor)], structure, shapes=False)
-        nodes = [self._node(self.recording.numbers.get(id(tensor), -1), "") for tensor in tensors]
+        nodes = [self._returned(tensor) for tensor in tensors]
         if named := next((tensor for tensor in tensors if vars(tensor)), None):
             raise TraceError(f"it returns a tensor with attributes of its own: {', '.join(vars(named))}")
         self.graph.output(tuple(nodes))
         position = iter(range(len(tensors)))
         found = tuple(Leaf(next(position)) if isinstance(leaf, Tensor) else Leaf(None, leaf) for leaf in leaves)
         return found, structure
+
+    def _returned(self, tensor: Tensor) -> fx.Node:
+        number = self.recording.numbers.get(id(tensor))
+        if number is None and id(tensor) in self.recording.names:
+            # No operation took part: the tensor itself is returned.
+            name = self.recording.names[id(tensor)]
+            return self.names.setdefault(name, self.graph.get_attr(name))
+        return self._node(-1 if number is None else number, "")
 
     def _bind(self, output: Any, node: fx.Node) -> None:
         if isinstance(output, Ref):

@@ -22,6 +22,22 @@ class Hazard(TraceError):
     """Something happened during a trace that the graph would not show."""
 
 
+_OUTSIDE = frozenset(
+    "time datetime _datetime _io posix nt _random _socket _posixsubprocess _ctypes random numpy numpy.random".split()
+)
+_BUILTINS_OUTSIDE = frozenset({"print", "input", "open", "exec", "eval"})
+
+
+def outside_call(function: Any) -> str:
+    """The name of a function written in C that acts on the world or asks it (clocks, files, output, chance), or ``""``."""
+    owner = getattr(function, "__self__", None)
+    home = getattr(function, "__module__", None) or getattr(owner, "__module__", None) or type(owner).__module__
+    name = getattr(function, "__name__", "")
+    if home == "builtins":
+        return f"{name}()" if name in _BUILTINS_OUTSIDE else ""
+    return f"{home}.{name}()" if home in _OUTSIDE else ""
+
+
 @contextmanager
 def no_autograd_functions() -> Iterator[None]:
     """Raise ``Hazard`` when a ``torch.autograd.Function`` is applied: a trace keeps its forward and loses its backward."""

@@ -13,7 +13,9 @@ from torch.nn.modules import module as torch_module
 
 from fxparam.tracer.hazards import preserved_generators
 from fxparam.tracer.site import SiteModule
+from fxparam.tracer.watch import is_plain
 
+_DEPTH = 6
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
     torch_module._global_forward_pre_hooks,
     torch_module._global_forward_hooks,
@@ -44,7 +46,8 @@ def looking(module: nn.Module, *, evaluate: bool = False) -> Iterator[Look]:
         evaluate: whether it is in eval mode inside the block.
     """
     modules = list(module.modules())
-    saved = [(m, dict(m.__dict__), dict(m._buffers), _contents(m.__dict__)) for m in modules]
+    saved = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
+    contents = [one for m in modules for one in _contents(m.__dict__)]
     generators = [(g, g.get_state()) for m in modules for g in m.__dict__.values() if isinstance(g, torch.Generator)]
     copies: dict[int, Tensor] = {}
     for m in modules:
@@ -62,13 +65,26 @@ def looking(module: nn.Module, *, evaluate: bool = False) -> Iterator[Look]:
         look.drew = any(used) or any(not torch.equal(generator.get_state(), then) for generator, then in generators)
         for generator, then in generators:
             generator.set_state(then)
-        for m, state, buffers, contents in saved:
-            look.wrote = look.wrote or _differs(m.__dict__, state) or any(now != then for now, then in contents)
+        look.wrote = any(_moved(now, then) for now, then in contents)
+        for m, state, buffers in saved:
+            look.wrote = look.wrote or _differs(m.__dict__, state)
             m.__dict__.clear()
             m.__dict__.update(state)
             m._buffers.clear()
             m._buffers.update(buffers)
-            for container, then in contents:
+        for container, then in contents:
+            _put_back(container, then)
+
+
+@contextmanager
+def contents_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what is written inside the block into containers that the module holds."""
+    contents = [one for m in module.modules() for one in _contents(m.__dict__)]
+    try:
+        yield
+    finally:
+        for container, then in contents:
+            if _moved(container, then):
                 _put_back(container, then)
 
 
@@ -99,8 +115,27 @@ def present_values(site: SiteModule, reads: Sequence[Tensor]) -> tuple[Tensor, .
 
 
 def _contents(state: dict[str, Any]) -> list[tuple[Any, Any]]:
-    plain = (value for name, value in state.items() if type(value) in (list, dict, set) and not name.startswith("_"))
-    return [(value, value.copy()) for value in plain]
+    """The containers that a module holds, also in other ones and in plain objects, each with a copy."""
+    found: dict[int, tuple[Any, Any]] = {}
+    todo = [(value, _DEPTH) for name, value in state.items() if not name.startswith("_")]
+    while todo:
+        value, depth = todo.pop()
+        container = vars(value) if is_plain(value) else value
+        if depth == 0 or type(container) not in (list, dict, set, tuple) or id(container) in found:
+            continue
+        if type(container) is not tuple:
+            found[id(container)] = (container, container.copy())
+        todo += [(item, depth - 1) for item in (container.values() if isinstance(container, dict) else container)]
+    return list(found.values())
+
+
+def _moved(container: Any, then: Any) -> bool:
+    """Whether a container holds other objects than a copy of it: by identity, tensors have no truth value."""
+    if isinstance(container, dict):
+        return list(container) != list(then) or any(value is not then[key] for key, value in container.items())
+    if isinstance(container, list):
+        return len(container) != len(then) or any(a is not b for a, b in zip(container, then, strict=True))
+    return bool(container != then)
 
 
 def _put_back(container: Any, then: Any) -> None:

@@ -41,8 +41,9 @@ _ASKS = frozenset({"now", "today", "utcnow", "get"})
 _OUTSIDE_PYTHON = ("random", "secrets", "uuid", "subprocess", "threading", "socket", "multiprocessing")
 _WRITES = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME")
 # Objects of these packages and kinds may be read from outside although changes of theirs cannot be seen.
-_TRUSTED = ("torch", "fxparam", "logging", "typing", "re", "functools", "types", "abc", "enum", "weakref")
+_TRUSTED = "torch fxparam logging typing re functools types abc enum weakref dataclasses inspect operator pathlib".split()
 _DYNAMIC = frozenset({"getattr", "hasattr", "attrgetter", "vars", "__dict__", "__getattribute__"})
+_DECORATORS = ("torch._compile", "torch._dynamo.", "torch.utils._contextlib", "contextlib")
 _DEPTH = 6
 
 
@@ -134,7 +135,7 @@ class Observer:
         if package in ("torch", "fxparam"):
             full, name = f"{home}.", frame.f_code.co_name
             intervenes = full.startswith(_INTERVENES) and not full.startswith(_HARMLESS) and name not in _QUESTIONS
-            if intervenes and _is_users(frame.f_back):
+            if intervenes and _is_users(_caller(frame)):
                 self.hazard(f"the forward calls {home}.{name}, which a graph of operations does not show")
             return
         if package in _OUTSIDE_PYTHON and _is_users(frame.f_back):
@@ -363,6 +364,14 @@ def _is_plain(value: Any) -> bool:
 def _is_users(frame: types.FrameType | None) -> bool:
     home = frame.f_globals.get("__name__", "") if frame is not None else "torch"
     return home.split(".")[0] not in ("torch", "fxparam", *(() if home == "__main__" else sys.stdlib_module_names))
+
+
+def _caller(frame: types.FrameType) -> types.FrameType | None:
+    """Who called a function of PyTorch's: past its own decorators."""
+    caller = frame.f_back
+    while caller is not None and str(caller.f_globals.get("__name__", "")).startswith(_DECORATORS):
+        caller = caller.f_back
+    return caller
 
 
 def _says_once(frame: types.FrameType | None) -> bool:

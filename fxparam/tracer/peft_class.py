@@ -26,6 +26,9 @@ from fxparam.tracer.hazards import Hazard
 from fxparam.tracer.peft_maps import LoraMap, Obstacle, parts_of, recipe_of
 from fxparam.tracer.site import Sites
 
+WEIGHT, BIAS = "merged_weight", "merged_bias"
+"""The names, below a LoRA layer, of what it gives its base layer; ``weight`` is what the base layer has without adapters."""
+
 _STATE = "_fxparam_lora"
 # Ways to start an adapter that leave the base weight alone.
 _KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -84,6 +87,8 @@ def _lora_class(base: Any) -> Any:
     """The subclass of a LoRA layer that runs its base layer with the computed weight. One per class: pickling finds it."""
     body: dict[str, Any] = {
         "forward": _forward(base),
+        WEIGHT: _computed_tensor(WEIGHT),
+        BIAS: _computed_tensor(BIAS),
         "_replicate_for_data_parallel": _replicate(base),
         "__reduce_ex__": _reduce(base),
         "__module__": base.__module__,
@@ -104,6 +109,16 @@ def _forward(base: Any) -> Any:
         return base.forward(self, x, *args, **kwargs) if computed is None else _apply(self, x, computed)
 
     return forward
+
+
+def _computed_tensor(name: str) -> property:
+    def get(self: nn.Module) -> Tensor:
+        binding = binding_of(self)
+        if binding is None or name not in binding.names:
+            raise AttributeError(name)
+        return binding.read(self, name)
+
+    return property(get, doc=f"The computed tensor {name!r}, by which graphs read it.")
 
 
 def _computed(layer: Any) -> dict[str, Tensor] | None:
@@ -134,17 +149,17 @@ def _computed(layer: Any) -> dict[str, Tensor] | None:
     computed = {local: binding.read(layer, local) for local in binding.names}
     weight = layer._modules["base_layer"]._parameters.get("weight")
     # Where adapters have another dtype than the base layer, each casts for itself.
-    return computed if weight is None or weight.dtype is computed["weight"].dtype else None
+    return computed if weight is None or weight.dtype is computed[WEIGHT].dtype else None
 
 
 def _apply(layer: Any, x: Tensor, computed: Mapping[str, Tensor]) -> Tensor:
     """What the base layer does, with the computed weight."""
-    base, weight = layer._modules["base_layer"], computed["weight"]
+    base, weight = layer._modules["base_layer"], computed[WEIGHT]
     layout = layer.__dict__[_STATE].map.layout
     if layout == "embedding":
         # Without padding_idx: the map keeps the gradient from that row, but not from B.
         return F.embedding(x, weight)
-    bias = computed.get("bias", base.bias)
+    bias = computed.get(BIAS, base.bias)
     if layout == "linear":
         return F.linear(x, weight, bias)
     if layout == "conv":
@@ -178,8 +193,8 @@ def _follow(layer: Any) -> bool:
 def _drop(layer: nn.Module) -> None:
     """Let go of the weight that was computed before."""
     sites = layer._modules.get(PARAMETRIZATIONS)
-    if isinstance(sites, Sites) and "weight" in sites:
-        sites["weight"].link.drop()
+    if isinstance(sites, Sites) and WEIGHT in sites:
+        sites[WEIGHT].link.drop()
 
 
 def _withdraw(layer: nn.Module) -> None:
@@ -198,7 +213,7 @@ def _without_site(layer: nn.Module) -> Any:
     if state.map is not None:
         sites = layer._modules[PARAMETRIZATIONS]
         assert isinstance(sites, Sites)
-        del sites._modules["weight"]
+        del sites._modules[WEIGHT]
         if not len(sites):
             del layer._modules[PARAMETRIZATIONS]
     state.map, state.parts = None, {}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fxparam.spec.names import join
-from fxparam.tracer.peft_class import LoraState, install_class
+from fxparam.tracer.peft_class import BIAS, WEIGHT, LoraState, install_class
 from fxparam.tracer.peft_maps import (
     LoraMap,
     Obstacle,
@@ -49,7 +49,7 @@ class LoraSite:
         layer: the layer, of its generated class.
         paths: its dotted names.
         module: computes the weight (with some adapters also the bias) from what it reads; it has no latents of its own.
-        weights: the local names of what it computes: ``("weight",)`` or ``("weight", "bias")``.
+        weights: the local names of what it computes: ``("merged_weight",)``, perhaps with ``"merged_bias"``.
         reads: the dotted names of what it reads.
         declaration: what it computes, as text.
     """
@@ -234,7 +234,7 @@ def _site(layer: Any, paths: tuple[str, ...], state: LoraState, value: Callable[
         layer=layer,
         paths=paths,
         module=SiteModule([state.map], None, n_weights=2 if biased else 1),
-        weights=("weight", "bias") if biased else ("weight",),
+        weights=(WEIGHT, BIAS) if biased else (WEIGHT,),
         reads=tuple(reads),
         declaration=f"lora({', '.join(slot.name for slot in slots)})",
     )

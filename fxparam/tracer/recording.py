@@ -172,6 +172,10 @@ class Recorder:
             for tensor, then in zip(registered, versions, strict=True)
             if version_of(tensor) != then and id(tensor) in self._names
         }
+        # What is written through it moves no version.
+        written |= {
+            self._names[id(tensor)] for tensor in self._tape.exposed if id(tensor) in self._names
+        }
         rows = [*held, *((key, *row) for key, row in self._observer.held.items())]
         return output, self._recording(root, written, {key for key, tensor, then in rows if version_of(tensor) != then})
 

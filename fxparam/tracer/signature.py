@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import types
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def _object(structure: Structure, values: Sequence[Any]) -> Any:
     assert structure.cls is not None
     if issubclass(structure.cls, tuple):
         return tuple.__new__(structure.cls, values)
-    made = object.__new__(structure.cls)
+    made = SimpleNamespace() if structure.cls is SimpleNamespace else object.__new__(structure.cls)
     made.__dict__.update(zip(structure.names, values, strict=True))
     return made
 
@@ -107,7 +108,7 @@ def _fields(leaf: Any) -> dict[str, Any] | None:
     if isinstance(leaf, type) or type(leaf).__module__.startswith("torch."):
         return None
     cls: Any = type(leaf)
-    if not (dataclasses.is_dataclass(leaf) or cls is types.SimpleNamespace) or isinstance(leaf, dict | list | nn.Module):
+    if not (dataclasses.is_dataclass(leaf) or cls is SimpleNamespace) or isinstance(leaf, dict | list | nn.Module):
         return None
     slots = any(getattr(base, "__slots__", ()) for base in cls.__mro__)
     return None if slots or not hasattr(leaf, "__dict__") else dict(vars(leaf))
@@ -153,8 +154,8 @@ def signature_of(leaves: Sequence[Any], structure: Structure, *, shapes: bool) -
 def _tensor_key(tensor: Tensor, first: int, *, shapes: bool) -> object:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
         raise TraceError(f"an argument is a {type(tensor).__name__} of its own kind ({tensor.layout})")
-    if tensor.is_nested or any(tensor.names):
-        raise TraceError("an argument is a nested or named tensor")
+    if tensor.is_nested:
+        raise TraceError("an argument is a nested tensor")
     if tensor.__dict__:
         raise TraceError(f"an argument is a tensor with attributes of its own: {', '.join(tensor.__dict__)}")
     lazy = (tensor.is_conj(), tensor.is_neg(), tensor.is_inference())

@@ -33,6 +33,7 @@ from fxparam.tracer.hazards import (
     no_autograd_functions,
     preserved_generators,
 )
+from fxparam.tracer.looking import contents_kept
 from fxparam.tracer.watch import Watch
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -91,6 +92,7 @@ def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
     tracer = _Tracer(root, weights)
     try:
         with (
+            contents_kept(root),
             preserved_generators() as used,
             no_autograd_functions(),
             weights_read_by(tracer),
@@ -98,14 +100,15 @@ def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
             tracer.audit.watching(),
         ):
             graph = tracer.trace(root)
+            wrote = "" if tracer.watch.holds() else tracer.watch.first_change()
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         reason = first if isinstance(error, Hazard) else f"{type(error).__name__}: {first}"
         raise TraceError(" at ".join(filter(None, (reason, error_line(error))))) from error
     if used[0]:
         raise TraceError("the forward draws random numbers that are not PyTorch's, or draws them while it is traced")
-    if not tracer.watch.holds():
-        raise TraceError(f"the forward writes the attribute {tracer.watch.first_change()!r} of a module")
+    if wrote:
+        raise TraceError(f"the forward writes the attribute {wrote!r} of a module")
     looked_into = set(map(id, tracer.looked_into))
     watch = Watch(
         tracer.looked_into,

@@ -97,6 +97,7 @@ class Tape(TorchFunctionMode):
         tensors: every tensor met, by number.
         ops: the operations.
         numbers: the number of each tensor, by ``id``.
+        exposed: the tensors whose ``data`` was taken, to be written without a trace, perhaps.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Tape(TorchFunctionMode):
         self.tensors: list[Tensor] = []
         self.ops: list[Op] = []
         self.numbers: dict[int, int] = {}
+        self.exposed: list[Tensor] = []
         # Tensors that follow from nothing but literals: their values may be asked for.
         self._literal: set[int] = set()
 
@@ -169,6 +171,8 @@ class Tape(TorchFunctionMode):
         for tensor in produced:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
                 self.hazard(f"{name} yields a {type(tensor).__name__} ({tensor.layout})")
+        if name == "data":
+            self.exposed += given
         op, target, args, kwargs = _call_of(func, name, *taken)
         self.ops.append(Op(op, target, args, kwargs, self.refs(result), user_line()))
         self._note_literals(name, given, produced)

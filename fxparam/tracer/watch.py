@@ -52,10 +52,10 @@ def is_watchable(value: Any, depth: int = _DEPTH) -> bool:
         return is_watchable((value.func, value.args, value.keywords), depth - 1)
     if isinstance(value, types.MethodType):
         return is_watchable(value.__self__, depth - 1)
-    return _is_plain(value) and all(is_watchable(item, depth - 1) for item in vars(value).values())
+    return is_plain(value) and all(is_watchable(item, depth - 1) for item in vars(value).values())
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether an object is nothing but its attributes, defined in Python by a user or a third party."""
     cls = type(value)
     home = cls.__module__.split(".")[0]
@@ -140,7 +140,7 @@ class Watch:
             self._hold_function(value, depth - 1)
         elif isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
             self._hold_function(value.__func__, depth - 1)
-        elif _is_plain(value):
+        elif is_plain(value):
             self._sized.append(vars(value))
             for name in vars(value):
                 self._hold(vars(value), name, depth - 1)
