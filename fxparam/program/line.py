@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -92,7 +93,8 @@ class Line:
             elif self._evaluable(node, values):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 try:
-                    with torch.no_grad():
+                    # What the model's operations warn of, they warn of when it is called.
+                    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
                         values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
                 except Exception as error:
                     if node in self.sealed:

@@ -97,6 +97,10 @@ def _is_plain(leaf: Any) -> bool:
     return True
 
 
+def _under_saved_tensor_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 class Running(Protocol):
     """What a region asks of the runtime: the plan of the forward that is running in this thread, if there is one."""
 
@@ -112,7 +116,8 @@ class Region:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _under_saved_tensor_hooks():
+            # A checkpoint runs the module again in its backward, outside of any forward: both times must be the same.
             return self.module._call_impl(*args, **kwargs)
         plan = self.regions.running_plan()
         found = None if plan is None else plan.match(self.path, args, kwargs)
@@ -142,7 +147,7 @@ class Regions:
 
     def can_record(self) -> bool:
         """Whether nothing else looks at what runs now: another mode, a profiler, hooks for all modules, a backward."""
-        if getattr(self._local, "recording", False) or torch.compiler.is_compiling():
+        if getattr(self._local, "recording", False) or torch.compiler.is_compiling() or _under_saved_tensor_hooks():
             return False
         if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or sys.getprofile() is not None:
             return False

@@ -150,6 +150,11 @@ class _Proxy(fx.Proxy):
             return type(self)
         raise Hazard("isinstance on a traced value: a graph cannot tell what the value will be")
 
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name):
+            raise Hazard(f"asks a tensor for {name!r}, which only the caller can have given it")
+        return super().__getattr__(name)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
