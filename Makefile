@@ -14,7 +14,7 @@ PYTEST := FXPARAM_SEED=$(SEED) $(BIN)/pytest
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help env demo test lint types docs unit examples packaging fuzz bench zoo build clean
+.PHONY: help env demo test lint types docs unit examples packaging fuzz exhaustive bench zoo build clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,8 +59,13 @@ fuzz: $(READY) ## the property tests and the state machine with many new example
 bench: $(READY) ## the measurements behind the figures in the documentation
 	@set -e; for file in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
-zoo: $(READY) ## the long tests over public model architectures
-	$(PYTEST) -n $(WORKERS) -m zoo
+exhaustive: $(READY) ## the tests that try all layers with all maps
+	$(PYTEST) -n $(WORKERS) -m exhaustive
+
+zoo: $(READY) ## all checks over public model architectures, and their table in docs/zoo.md
+	$(PIP) --no-build-isolation --editable '.[demo,test,docs,zoo]'
+	$(PYTEST) -n $(WORKERS) -m "zoo or not zoo" tests/zoo
+	$(BIN)/python tests/zoo/table.py
 
 build: $(READY) ## wheel and sdist in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist

@@ -23,7 +23,7 @@ def export_bodies(model: ParametrizedModule, call: Call) -> None:
     for mode in (not live.training, live.training):
         with _in_mode(live, mode):
             plain = restore(model, copy=False)
-            model._fxp_runtime.add_body(exported_body(live, plain, *call))
+            model._fxp_runtime.regions.add(exported_body(live, plain, *call))
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def transform(
     if trace == "export":
         export_bodies(result, as_call(_needed(example_inputs)))
     elif example_inputs is not None:
-        result._fxp_runtime.record_ahead(*as_call(example_inputs))
+        result._fxp_runtime.regions.record_ahead(*as_call(example_inputs))
     replaced = builder.replaced
     if optimizer is not None:
         repoint(optimizer, replaced)

@@ -102,7 +102,7 @@ class ParametrizedModule(WeightAccess, nn.Module):
                 return self._fxp_compiled(plan.body, values, given, {})
             if plan.body is not None and given is not None:
                 return plan.body(*given)
-            return self._fxp_runtime.call(plan, args, kwargs)
+            return self._fxp_runtime.regions.call(plan, args, kwargs)
 
     def _with_values(self, run: Any, values: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         inline = self._fxp_inline
@@ -263,7 +263,7 @@ class ParametrizedModule(WeightAccess, nn.Module):
         Raises:
             TraceError: the body is live Python; the message says why and what to type.
         """
-        graph = copy.deepcopy(self._fxp_runtime.whole_graph())
+        graph = copy.deepcopy(self._fxp_runtime.regions.whole_graph())
         for node in list(graph.nodes):
             if getattr(node.target, "__name__", "") == "deliver":
                 graph.erase_node(node)
@@ -293,7 +293,7 @@ class ParametrizedModule(WeightAccess, nn.Module):
             self._fxp_live,
             self.sites,
             runtime.plan,
-            runtime.recorded_layers,
+            runtime.regions.layers,
             runtime.stats,
             runtime.reached,
             self._fxp_options.get("notes", ()),

@@ -16,7 +16,7 @@ from fxparam.runtime.choosing import Chooser
 from fxparam.runtime.evaluation import Compiler
 from fxparam.runtime.modes import autocast_state, undisturbed, without_autocast_cache
 from fxparam.runtime.plan import Plan
-from fxparam.runtime.regions import Records
+from fxparam.runtime.records import Records
 from fxparam.tracer.cutting import RecordedBody
 from fxparam.tracer.delivery import Inline, WeightReader
 from fxparam.tracer.site import SiteModule

@@ -11,90 +11,27 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from fxparam.errors import TraceError
+from fxparam.program import Site
+from fxparam.program.parts import part_of
 from fxparam.runtime.choosing import Chooser, Layer
+from fxparam.runtime.entry import Entry
 from fxparam.runtime.plan import Plan
+from fxparam.runtime.planner import Planner
 from fxparam.tracer.cutting import RecordedBody
-from fxparam.tracer.delivery import WeightReader
-from fxparam.tracer.looking import looking
+from fxparam.tracer.looking import looking, present_values
 from fxparam.tracer.recording import Recorder
-from fxparam.tracer.signature import Signature, flatten, signature_of
+from fxparam.tracer.site import SiteModule
 
-MAX_RECORDINGS = 8
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-
-
-class Records:
-    """What was recorded of a model in one kind of state.
-
-    Attributes:
-        bodies: the graphs to run.
-        whole: graphs of the model as a whole, whether they are run or not.
-        layers: what each module got.
-    """
-
-    def __init__(self) -> None:
-        self.bodies: tuple[RecordedBody, ...] = ()
-        self.whole: tuple[RecordedBody, ...] = ()
-        self.layers: dict[str, Layer] = {}
-        self._seen: set[Signature] = set()
-        self._closed: set[tuple[bool, bool]] = set()
-        self._count = 0
-
-    def wants(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether this call is to be recorded."""
-        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        if self._count >= MAX_RECORDINGS or modes in self._closed:
-            return False
-        if not all(body.watch.holds() for body in self.bodies):
-            self.drop_outdated()
-        leaves, structure = flatten((args, kwargs))
-        # Arguments that cannot be guarded for are no reason not to look at the parts of the model.
-        plain = [leaf if _is_plain(leaf) else type(leaf) for leaf in leaves]
-        signature = signature_of(plain, structure, shapes=True)
-        if signature in self._seen:
-            return False
-        self._seen.add(signature)
-        self._count += 1
-        return True
-
-    def take(self, chooser: Chooser) -> bool:
-        """Keep what was chosen; returns whether there are new bodies to run."""
-        self.layers = {**self.layers, **chooser.layers}
-        if chooser.whole is not None:
-            self.whole = (*self.whole, chooser.whole)
-        self.bodies = (*self.bodies, *chooser.bodies)
-        if not chooser.bodies:
-            # Nothing to move out: other shapes will not bring anything either.
-            self._closed.add((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
-        return bool(chooser.bodies)
-
-    def add(self, body: RecordedBody) -> None:
-        """Keep a graph of the model that was not recorded but exported."""
-        self.bodies, self.whole = (*self.bodies, body), (*self.whole, body)
-        self.layers = {**self.layers, "": Layer("", type(body.module).__name__, "export")}
-
-    def drop_outdated(self) -> None:
-        """Forget bodies whose Python state is another one now."""
-        self.bodies = tuple(body for body in self.bodies if body.watch.holds())
-        self.whole = tuple(body for body in self.whole if body.watch.holds())
-        self._seen.clear()
-        self._closed.clear()
-
-
-def _is_plain(leaf: Any) -> bool:
-    try:
-        signature_of([leaf], flatten(0)[1], shapes=True)
-    except TraceError:
-        return False
-    return True
 
 
 def _under_saved_tensor_hooks() -> bool:
@@ -102,10 +39,35 @@ def _under_saved_tensor_hooks() -> bool:
 
 
 class Running(Protocol):
-    """What a region asks of the runtime: the plan of the forward that is running in this thread, if there is one."""
+    """What regions ask of the runtime."""
 
-    def running_plan(self) -> Plan | None:
-        """The plan, or None outside of a forward and where weights are computed in place."""
+    root: nn.Module
+
+    @property
+    def plan(self) -> Plan:
+        """The plan for the present kind of state."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of the model, each after those it reads."""
+
+    def running_entry(self) -> Entry | None:
+        """What the forward reads that is running in this thread; None outside of one, and where it computes in place."""
+
+    def registered(self, name: str) -> Tensor:
+        """A parameter or buffer, by its dotted name."""
+
+    def drop_entries(self) -> None:
+        """Compute the weights anew at the next read."""
+
+    def read_weight(self, name: str) -> Any:
+        """A weight, now."""
+
+    def lowered(self, name: str, value: Any, reader: CodeType) -> Any:
+        """What to hand to this reader under autocast."""
+
+    def write_weight(self, name: str, value: Tensor) -> None:
+        """Set a weight through the right inverse of its site."""
 
 
 class Region:
@@ -131,21 +93,66 @@ class Regions:
     """The recorded parts of one live module tree.
 
     Args:
-        root: the live module tree.
-        running: knows the forward that is running.
-        reader: what weights are read of.
+        runtime: the runtime of the tree.
+        planner: makes its plans.
+
+    Attributes:
+        last_inputs: positional and keyword arguments of the call that was recorded last.
     """
 
-    def __init__(self, root: nn.Module, running: Running, reader: WeightReader) -> None:
-        self.root, self.running, self.reader = root, running, reader
+    def __init__(self, runtime: Running, planner: Planner) -> None:
+        self.runtime, self.planner = runtime, planner
         self.last_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._local = threading.local()
 
+    # --- running
+
     def running_plan(self) -> Plan | None:
         """The plan of the forward that is running in this thread; None while it is recorded."""
-        return None if getattr(self._local, "recording", False) else self.running.running_plan()
+        entry = None if getattr(self._local, "recording", False) else self.runtime.running_entry()
+        return None if entry is None else entry.plan
 
-    def can_record(self) -> bool:
+    def call(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model: its recorded graph where one fits, else its Python, which is recorded where that is wanted."""
+        found = plan.match("", args, kwargs)
+        if found is not None:
+            recorded, leaves = found
+            return recorded.run(leaves)
+        entry = self.runtime.running_entry()
+        if entry is None or not self._wanted(args, kwargs):
+            return self.runtime.root(*args, **kwargs)
+        chooser = self.planner.choosing(plan, plan.by_all_names(entry.published.values))
+        self.last_inputs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
+        with self._recording():
+            output, recording = Recorder(self.runtime.root, self.runtime, self._random_names(plan)).run(args, kwargs)
+        chooser.choose(recording)
+        self._take(chooser)
+        return output
+
+    # --- recording
+
+    def record_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record a call with these inputs without leaving a mark: buffers, generators and attributes are as they were."""
+        plan, root = self.runtime.plan, self.runtime.root
+        if plan.arguments(args, kwargs) is not None or self.planner.record == "nothing":
+            return
+        self.planner.records.wants(args, kwargs)
+        chooser = self.planner.choosing(plan, self._present_weights())
+        self.last_inputs = (args, kwargs)
+        with self._recording(), looking(root):
+            _, recording = Recorder(root, _Fixed(chooser.weights), self._random_names(plan)).run(args, kwargs)
+            chooser.choose(recording)
+        self._take(chooser)
+
+    def add(self, body: RecordedBody) -> None:
+        """Run this graph of the model for calls that fit it, in the present mode."""
+        self.planner.add(body)
+        self.runtime.drop_entries()
+
+    def _wanted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self.planner.record != "nothing" and self._undisturbed() and self.planner.records.wants(args, kwargs)
+
+    def _undisturbed(self) -> bool:
         """Whether nothing else looks at what runs now: another mode, a profiler, hooks for all modules, a backward."""
         if getattr(self._local, "recording", False) or torch.compiler.is_compiling() or _under_saved_tensor_hooks():
             return False
@@ -155,33 +162,30 @@ class Regions:
             return False
         return not any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
 
-    def record(self, chooser: Chooser, args: tuple[Any, ...], kwargs: dict[str, Any], random: frozenset[str]) -> Any:
-        """Call the model, which is recorded meanwhile; returns what it returns.
+    def _random_names(self, plan: Plan) -> frozenset[str]:
+        return frozenset(name for name, site in self.planner.site_of.items() if site.home in plan.volatile)
 
-        Args:
-            chooser: chooses from the recording.
-            args: positional arguments of the call.
-            kwargs: keyword arguments.
-            random: names of the weights that are drawn anew at each read.
-        """
-        self.last_inputs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
-        with self._recording():
-            output, recording = Recorder(self.root, self.reader, random).run(args, kwargs)
-        chooser.choose(recording)
-        return output
+    def _present_weights(self) -> dict[str, Tensor]:
+        """All computed weights by all their names, as they are now."""
+        weights: dict[str, Tensor] = {}
+        for site in self.runtime.sites:
+            module: SiteModule = self.runtime.root.get_submodule(site.home)  # type: ignore[assignment]
+            reads = tuple(weights[read] if read in weights else self.runtime.registered(read) for read in site.reads)
+            for aliases, value in zip(site.aliases, present_values(module, reads), strict=True):
+                weights |= dict.fromkeys(aliases, value)
+        return weights
 
-    def record_ahead(self, chooser: Chooser, args: tuple[Any, ...], kwargs: dict[str, Any], random: frozenset[str]) -> None:
-        """The same with given inputs and without a trace of it: buffers, generators and attributes are as they were."""
-        self.last_inputs = (args, kwargs)
-        with self._recording(), looking(self.root):
-            _, recording = Recorder(self.root, _Fixed(chooser.weights), random).run(args, kwargs)
-            chooser.choose(recording)
-
-    def install(self, bodies: tuple[RecordedBody, ...]) -> None:
-        """From now on calls of these modules look for a graph."""
-        for body in bodies:
+    def _take(self, chooser: Chooser) -> None:
+        """Run what was chosen from now on."""
+        if not self.planner.extend(chooser):
+            return
+        for body in chooser.bodies:
             if body.path and body.module.__dict__.get("_compiled_call_impl") is None:
                 body.module.__dict__["_compiled_call_impl"] = Region(body.module, body.path, self)
+        plan = self.runtime.plan
+        # Computing weights once more would advance what has a state; in training the next step does it anyway.
+        if not self.runtime.root.training or len(plan.repeatable) == len(plan.components):
+            self.runtime.drop_entries()
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
@@ -190,6 +194,32 @@ class Regions:
             yield
         finally:
             self._local.recording = False
+
+    # --- what is known
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """What each module got that was recorded, by its name."""
+        return self.planner.records.layers
+
+    def whole_graph(self) -> fx.Graph:
+        """The graph of the model with its weights computed in it.
+
+        Raises:
+            TraceError: there is none; the message says why and what to type.
+        """
+        plan, records = self.runtime.plan, self.planner.records
+        if plan.traced is not None:
+            return part_of(plan.program.graph, 0) if plan.recorded else plan.program.graph
+        if records.whole:
+            return self.planner.choosing(plan, {}).graph(records.whole[-1])
+        recorded = records.layers.get("")
+        remedy = "" if recorded else ", or call the model once, or give transform(..., example_inputs=(...))"
+        reason = f"{plan.why_live}; recorded: {recorded.reason}" if recorded else plan.why_live
+        raise TraceError(
+            f"there is no graph of this model: {reason}. Its weights are in model.prologue; for a graph of all of it type "
+            f"fxp.fold(model, example_inputs=(...)){remedy if self.planner.record != 'nothing' else ''}"
+        )
 
 
 class _Fixed:

@@ -8,20 +8,18 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fxparam.errors import DeferralError, TraceError
+from fxparam.errors import DeferralError
 from fxparam.program import Site
-from fxparam.program.parts import part_of
 from fxparam.runtime import steps
 from fxparam.runtime.alarms import Alarms
-from fxparam.runtime.choosing import Chooser, Layer
 from fxparam.runtime.deferral import Block, refuse_sharded
 from fxparam.runtime.entry import Entry, Frame, InlineFrame
 from fxparam.runtime.evaluation import Compiler
@@ -31,7 +29,6 @@ from fxparam.runtime.planner import Planner
 from fxparam.runtime.refreshing import Refresher, compare
 from fxparam.runtime.regions import Regions
 from fxparam.runtime.stats import Stats
-from fxparam.tracer.cutting import RecordedBody
 from fxparam.tracer.delivery import Inline, binding_of
 from fxparam.tracer.looking import present_values
 from fxparam.tracer.lowering import LOWERING_CODE
@@ -69,7 +66,7 @@ class Runtime:
         self._planner = Planner(
             self, self.inline, root, sites, trace=trace, why_live=why_live, recompute=recompute, record=record
         )
-        self.regions = Regions(root, self, self)
+        self.regions = Regions(self, self._planner)
         self._refresher = Refresher(self._planner, self._alarms, self.stats, self.reached, always_look=self._checking)
         # By autocast state: a forward that switches autocast inside reads two of them.
         self._entries: dict[object, Entry] = {}
@@ -103,85 +100,10 @@ class Runtime:
         finally:
             self._local.frame = outer
 
-    def running_plan(self) -> Plan | None:
-        """The plan of the forward that is running in this thread; None outside of one, and where it computes in place."""
+    def running_entry(self) -> Entry | None:
+        """What the forward reads that is running in this thread; None outside of one, and where it computes in place."""
         frame = getattr(self._local, "frame", None)
-        return frame.entry.plan if isinstance(frame, Frame) else None
-
-    def call(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the model: its recorded graph where one fits, else its Python, which is recorded where that is wanted."""
-        found = plan.match("", args, kwargs)
-        if found is not None:
-            recorded, leaves = found
-            return recorded.run(leaves)
-        if not self._records(plan, args, kwargs):
-            return self.root(*args, **kwargs)
-        entry: Entry = self._local.frame.entry
-        chooser = self._planner.choosing(plan, plan.by_all_names(entry.published.values))
-        output = self.regions.record(chooser, args, kwargs, self._random_names(plan))
-        self._extend(chooser)
-        return output
-
-    def record_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record a call with these inputs without leaving a trace of it."""
-        plan = self.plan
-        if plan.arguments(args, kwargs) is not None or self._planner.record == "nothing":
-            return
-        self._planner.records.wants(args, kwargs)
-        weights: dict[str, Tensor] = {}
-        for site in self.sites:
-            module: SiteModule = self.root.get_submodule(site.home)  # type: ignore[assignment]
-            reads = tuple(weights[read] if read in weights else self.registered(read) for read in site.reads)
-            for aliases, value in zip(site.aliases, present_values(module, reads), strict=True):
-                weights |= dict.fromkeys(aliases, value)
-        chooser = self._planner.choosing(plan, weights)
-        self.regions.record_ahead(chooser, args, kwargs, self._random_names(plan))
-        self._extend(chooser)
-
-    def add_body(self, body: RecordedBody) -> None:
-        """Run this graph of the model for calls that fit it, in the present mode."""
-        self._planner.add(body)
-        self.drop_entries()
-
-    @property
-    def recorded_layers(self) -> Mapping[str, Layer]:
-        """What each module got that was recorded, by its name."""
-        return self._planner.records.layers
-
-    def whole_graph(self) -> fx.Graph:
-        """The graph of the model with its weights computed in it.
-
-        Raises:
-            TraceError: there is none; the message says why and what to type.
-        """
-        plan, records = self.plan, self._planner.records
-        if plan.traced is not None:
-            return part_of(plan.program.graph, 0) if plan.recorded else plan.program.graph
-        if records.whole:
-            return self._planner.choosing(plan, {}).graph(records.whole[-1])
-        recorded = records.layers.get("")
-        remedy = "" if recorded else ", or call the model once, or give transform(..., example_inputs=(...))"
-        reason = f"{plan.why_live}; recorded: {recorded.reason}" if recorded else plan.why_live
-        raise TraceError(
-            f"there is no graph of this model: {reason}. Its weights are in model.prologue; for a graph of all of it type "
-            f"fxp.fold(model, example_inputs=(...)){remedy if self._planner.record != 'nothing' else ''}"
-        )
-
-    def _records(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        wanted = self._planner.record != "nothing" and self.regions.can_record()
-        return wanted and self._planner.records.wants(args, kwargs)
-
-    def _random_names(self, plan: Plan) -> frozenset[str]:
-        return frozenset(name for name, site in self._planner.site_of.items() if site.home in plan.volatile)
-
-    def _extend(self, chooser: Chooser) -> None:
-        if not self._planner.extend(chooser):
-            return
-        self.regions.install(tuple(chooser.bodies))
-        plan = self.plan
-        # Computing weights once more would advance what has a state; in training the next step does it anyway.
-        if not self.root.training or len(plan.repeatable) == len(plan.components):
-            self.drop_entries()
+        return frame.entry if isinstance(frame, Frame) else None
 
     def read_weight(self, name: str) -> Tensor:
         """The weight (or hoisted value) with this dotted name; several reads within one forward share one evaluation."""

@@ -55,6 +55,7 @@ class Observer:
         entered: called with a module and its arguments when it is called.
         left: called with what a module returned.
         hazard: called with what happened that no graph shows.
+        operations: how many operations there have been.
 
     Attributes:
         names: the attribute names that the code mentions.
@@ -70,8 +71,9 @@ class Observer:
         entered: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
         left: Callable[[Any], None],
         hazard: Callable[[str], None],
+        operations: Callable[[], int],
     ) -> None:
-        self.entered, self.left, self.hazard = entered, left, hazard
+        self.entered, self.left, self.hazard, self.operations = entered, left, hazard, operations
         self.names: set[str] = {"training", "forward"}
         self.dynamic = False
         self.places: list[tuple[Any, Any]] = []
@@ -80,6 +82,9 @@ class Observer:
         self._seen: dict[types.CodeType, str] = {}
         self._closures: dict[tuple[Any, ...], str] = {}
         self._cached: set[types.CodeType] = set()
+        # Functions that handle errors, and how many operations came before each call of one that runs.
+        self._handling: dict[types.CodeType, bool] = {}
+        self._before: dict[types.FrameType, int] = {}
         self._outside: list[tuple[str, Callable[[], Any], list[Any]]] = []
         self._known: dict[tuple[int, str], tuple[Any, str]] = {}
         self._unwatchable = dict(_unwatchable(root))
@@ -114,6 +119,8 @@ class Observer:
                 self.left(arg)
             elif code in self._cached and _has_tensor(arg):
                 self.hazard(f"{code.co_name} fills a cache with tensors")
+            if self._before and self._before.pop(frame, None) not in (None, self.operations()):
+                self.hazard(f"{code.co_name} may handle errors of operations")
         elif event == "call":
             if code is _CALL:
                 given = frame.f_locals
@@ -149,6 +156,10 @@ class Observer:
         reason = self._seen.get(code)
         if reason is None:
             reason = self._seen[code] = self._look(code, frame.f_globals)
+        if code not in self._handling:
+            self._handling[code] = _handles_errors(code)
+        if self._handling[code]:
+            self._before[frame] = self.operations()
         if code.co_freevars or any(type(value) in _CONTAINERS for value in frame.f_locals.values()):
             reason = reason or self._look_at_function(code, frame.f_locals)
         if reason:
@@ -272,6 +283,13 @@ class Members:
     def __getitem__(self, name: str) -> Any:
         value = vars(self.holder)[name]
         return id(value) if isinstance(value, types.FunctionType) and isinstance(self.holder, type) else value
+
+
+def _handles_errors(code: types.CodeType) -> bool:
+    """Whether a function goes another way after an error: it has an ``except``, other than what ``with`` and ``finally`` have."""
+    names = [instruction.opname for instruction in dis.get_instructions(code)]
+    bare = any(pair == ("PUSH_EXC_INFO", "POP_TOP") for pair in zip(names, names[1:], strict=False))
+    return bare or "CHECK_EXC_MATCH" in names
 
 
 def _item(container: Any, key: Any) -> Any:

@@ -146,7 +146,7 @@ class Recorder:
         self._stack: list[Call] = []
         self._done: Call | None = None
         self._tape = Tape(self._hazard, self._asked, self._ran)
-        self._observer = Observer(root, self._entered, self._left, self._hazard)
+        self._observer = Observer(root, self._entered, self._left, self._hazard, lambda: len(self._tape.ops))
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Recording]:
         """Call the model; returns what it returns, and the recording."""
