@@ -193,7 +193,9 @@ def _own_state(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Nod
             for path, module in modules[str(node.target)].named_modules(prefix=str(node.target)):
                 names = [*module._buffers, *(module._parameters if getattr(module, "max_norm", None) is not None else ())]
                 owned |= {f"{path}.{name}": node for name in names}
-    return {node: owned[str(node.target)] for node in graph.nodes if node.op == "get_attr" and node.target in owned}
+    # What the map of a weight reads is the map's, although it lives below the module that owns the weight.
+    reads = (node for node in graph.nodes if node.op == "get_attr" and "latent" not in node.meta)
+    return {node: owned[str(node.target)] for node in reads if node.target in owned}
 
 
 def _memory(name: str, tensors: Mapping[str, Tensor]) -> object:

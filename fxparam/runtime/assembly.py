@@ -75,9 +75,11 @@ class _Assembly:
         self.traced: TracedBody | None = None
         self.bodies: tuple[RecordedBody, ...] = ()
         self.held: dict[str, Tensor] = {}
+        self.notes: tuple[Record, ...] = ()
         self.why_live = options.why_live
         alone = self._with_body()
         self.program = self._with_recorded() or alone or self._without_body()
+        self.program = self.program.noting(*self.notes)
         self.components = _components(self.program)
         self.component_of = self._component_of()
         self.constants = {name: t for name, t in self.program.tensors.items() if name.startswith(f"{CONSTANTS}.")}
@@ -152,8 +154,14 @@ class _Assembly:
             return names[id(parts[number].tensors[name])] if split(name)[0] == CAPTURED else name
 
         graph = joined([part.graph for part in parts], rename)
-        start = self._start(graph, held, self.traced.modules if self.traced is not None else {})
-        program = run(start, training_pipeline(self.fragments, self.weights, model=True))
+        modules = {name: module for part in parts for name, module in part.modules.items()}
+        start = self._start(graph, held, modules)
+        try:
+            program = run(start, training_pipeline(self.fragments, self.weights, model=True))
+        except (TraceError, PassError) as error:
+            # Each of them was fine by itself; together they are not, and all modules stay Python.
+            self.notes = (Record("record", "run recorded graphs", str(error), refused=True),)
+            return None
         self.bodies, self.held = bodies, held
         return program
 

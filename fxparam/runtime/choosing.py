@@ -21,7 +21,7 @@ from fxparam.program import Fragment, Program, Site, run
 from fxparam.program.line import HOISTED
 from fxparam.spec.names import PARAMETRIZATIONS, named_tensors
 from fxparam.tracer.cutting import RecordedBody, cut
-from fxparam.tracer.recording import Call, Recording
+from fxparam.tracer.recording import CHOOSING, Call, Recording
 from fxparam.tracer.symbolic import check_names
 
 
@@ -98,7 +98,7 @@ class Chooser:
             # Not of the model: a module of the user's that is made or kept elsewhere.
             self._descend(recording, call)
             return
-        if _is_plain_layer(call.module):
+        if call.path and _is_plain_layer(call.module):
             return
         name = type(call.module).__name__
         try:
@@ -134,7 +134,7 @@ class Chooser:
         sites = self._behind(reads)
         opaque: dict[str, Any] = {site.home: self.root.get_submodule(site.home) for site in sites}
         captured = {name: tensor for site in sites for name, tensor in self.fragments[site.home].captured.items()}
-        return Program(body.graph, {**self._tensors, **captured, **body.tensors}, opaque, sites)
+        return Program(body.graph, {**self._tensors, **captured, **body.tensors}, {**body.modules, **opaque}, sites)
 
     def _behind(self, names: set[str]) -> tuple[Site, ...]:
         """The sites that compute these, and those that they read, in order."""
@@ -147,5 +147,6 @@ class Chooser:
 
 
 def _is_plain_layer(module: nn.Module) -> bool:
-    """A layer of PyTorch's without children but the maps of its weights: there is nothing of the user's in it."""
-    return type(module).__module__.startswith("torch.nn.modules.") and not set(module._modules) - {PARAMETRIZATIONS}
+    """A layer of PyTorch's, without children but the maps of its weights: there is nothing of the user's in it."""
+    childless = type(module).__module__.startswith("torch.nn.modules.") and not set(module._modules) - {PARAMETRIZATIONS}
+    return childless or isinstance(module, CHOOSING)

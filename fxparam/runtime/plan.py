@@ -97,6 +97,11 @@ class Plan:
             return True
         return self.traced.watch.holds() and all(kind_of(registry[name]) == kind for registry, name, kind in self.asked)
 
+    def yields_the_same(self, other: Plan) -> bool:
+        """Whether another plan computes the same values, in the same order, from the same sources."""
+        same = (self.values, self.sources, self.component_of) == (other.values, other.sources, other.component_of)
+        return same and str(self.prologue.graph) == str(other.prologue.graph)
+
     def by_all_names(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """What the prologue yielded, by the names of values and all aliases of weights."""
         return {name: values[at].detach() for name, (_, at) in self.component_of.items()}

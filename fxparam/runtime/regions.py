@@ -38,6 +38,15 @@ def _under_saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def _copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with tensors of their own: a forward may write to what it is given."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+    return pytree.tree_map_only(Tensor, copy, (args, kwargs))
+
+
 class Running(Protocol):
     """What regions ask of the runtime."""
 
@@ -57,6 +66,9 @@ class Running(Protocol):
     def registered(self, name: str) -> Tensor:
         """A parameter or buffer, by its dotted name."""
 
+    def follow_plan(self, plan: Plan) -> bool:
+        """Read what was computed by a plan that yields the same; False: there is none."""
+
     def drop_entries(self) -> None:
         """Compute the weights anew at the next read."""
 
@@ -72,6 +84,8 @@ class Running(Protocol):
 
 class Region:
     """Stands at a module, where PyTorch keeps the compiled call of one, and runs its recorded graph where one fits."""
+
+    of_fxparam = True
 
     def __init__(self, module: nn.Module, path: str, regions: Regions) -> None:
         self.module, self.path, self.regions = module, path, regions
@@ -104,6 +118,9 @@ class Regions:
         self.runtime, self.planner = runtime, planner
         self.last_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._local = threading.local()
+        for module in runtime.root.modules():
+            # There from the beginning: what watches a module counts its attributes.
+            module.__dict__.setdefault("_compiled_call_impl", None)
 
     # --- running
 
@@ -122,7 +139,7 @@ class Regions:
         if entry is None or not self._wanted(args, kwargs):
             return self.runtime.root(*args, **kwargs)
         chooser = self.planner.choosing(plan, plan.by_all_names(entry.published.values))
-        self.last_inputs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
+        self.last_inputs = _copies(args, kwargs)
         with self._recording():
             output, recording = Recorder(self.runtime.root, self.runtime, self._random_names(plan)).run(args, kwargs)
         chooser.choose(recording)
@@ -132,13 +149,17 @@ class Regions:
     # --- recording
 
     def record_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record a call with these inputs without leaving a mark: buffers, generators and attributes are as they were."""
+        """Record a call with these inputs without leaving a mark: buffers, generators and attributes are as they were.
+
+        Only what a forward writes into parameters stays.
+        """
         plan, root = self.runtime.plan, self.runtime.root
         if plan.arguments(args, kwargs) is not None or self.planner.record == "nothing":
             return
         self.planner.records.wants(args, kwargs)
         chooser = self.planner.choosing(plan, self._present_weights())
         self.last_inputs = (args, kwargs)
+        args, kwargs = _copies(args, kwargs)
         with self._recording(), looking(root):
             _, recording = Recorder(root, _Fixed(chooser.weights), self._random_names(plan)).run(args, kwargs)
             chooser.choose(recording)
@@ -184,7 +205,8 @@ class Regions:
                 body.module.__dict__["_compiled_call_impl"] = Region(body.module, body.path, self)
         plan = self.runtime.plan
         # Computing weights once more would advance what has a state; in training the next step does it anyway.
-        if not self.runtime.root.training or len(plan.repeatable) == len(plan.components):
+        again = not self.runtime.root.training or len(plan.repeatable) == len(plan.components)
+        if not self.runtime.follow_plan(plan) and again:
             self.runtime.drop_entries()
 
     @contextlib.contextmanager

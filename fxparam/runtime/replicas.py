@@ -44,6 +44,8 @@ class ReplicaRuntime:
         """One forward of the replica."""
         if not self._bound:
             for module in self.root.modules():
+                # It would call the module of the model.
+                module.__dict__["_compiled_call_impl"] = None
                 binding = binding_of(module)
                 if binding is not None:
                     binding.bind(self, self.inline)

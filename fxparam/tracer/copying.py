@@ -242,7 +242,8 @@ def _finish(module: nn.Module, new: nn.Module) -> Iterator[str]:
     """Make good what attributes alone do not carry over."""
     if isinstance(module, fx.GraphModule) and isinstance(new, fx.GraphModule):
         new.graph = copy.deepcopy(module.graph)
-    if module.__dict__.get("_compiled_call_impl") is not None:
+    compiled = module.__dict__.get("_compiled_call_impl")
+    if compiled is not None and not hasattr(compiled, "of_fxparam"):
         yield "the compiled call was dropped; type .compile() on the result"
     if is_compiled(module):
         new._initialize()  # type: ignore[operator]

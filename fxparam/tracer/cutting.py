@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxparam.errors import TraceError
+from fxparam.program import effect_of
 from fxparam.tracer.recording import Call, Recording
 from fxparam.tracer.signature import Signature, Structure, flatten, signature_of, unflatten
 from fxparam.tracer.tape import Op, Ref
@@ -27,6 +28,7 @@ class RecordedBody:
         signature: what calls must have in common.
         shapes: whether the shapes of tensors are part of it.
         tensors: what its ``get_attr`` nodes name that is registered nowhere.
+        modules: what its ``call_module`` nodes name.
         outputs: for each leaf of what the module returns, the position in the output of the graph, or a plain value.
         structure: how these leaves make up what it returns.
         watch: the Python state the graph took for granted.
@@ -38,6 +40,7 @@ class RecordedBody:
     signature: Signature
     shapes: bool
     tensors: Mapping[str, Tensor]
+    modules: Mapping[str, nn.Module]
     outputs: tuple[Leaf, ...]
     structure: Structure
     watch: Watch
@@ -81,6 +84,7 @@ def cut(recording: Recording, call: Call) -> RecordedBody:
         signature,
         call.asked,
         held,
+        builder.modules,
         outputs,
         structure,
         recording.watch(call.module, builder.names.keys()),
@@ -117,6 +121,7 @@ class _Builder:
         self.recording, self.call = recording, call
         self.graph = fx.Graph()
         self.names: dict[str, fx.Node] = {}
+        self.modules: dict[str, nn.Module] = {}
         self._known = {recording.numbers[key]: name for key, name in recording.names.items() if key in recording.numbers}
         self._nodes: dict[int, fx.Node] = {}
         for leaf in call.leaves:
@@ -128,8 +133,16 @@ class _Builder:
     def add(self, op: Op) -> None:
         """One more operation."""
         args, kwargs = self._arguments(op.args, op.line), self._arguments(op.kwargs, op.line)
+        without_grad = self.call.modes[0] and not op.grad
+        if without_grad:
+            args, kwargs = fx.map_arg((args, kwargs), lambda node: self.graph.call_method("detach", (node,)))
         node = self.graph.create_node(op.op, op.target, args, kwargs)
         node.meta["line"] = op.line
+        effect = effect_of(node)
+        if without_grad and (effect.writes or not effect.known):
+            raise TraceError(f"{op.target} in a block without gradients may write to its arguments at {op.line}")
+        if op.op == "call_module":
+            self.modules[str(op.target)] = self.recording.root.module.get_submodule(str(op.target))
         self._bind(op.output, node)
 
     def finish(self) -> tuple[tuple[Leaf, ...], Structure]:

@@ -118,6 +118,7 @@ def exported_body(root: nn.Module, plain: nn.Module, args: tuple[Any, ...], kwar
         signature=signature_of(leaves, structure, shapes=True),
         shapes=True,
         tensors=held,
+        modules={},
         outputs=outputs,
         structure=Structure(module._out_spec, (None,) * len(results)),
         watch=Watch(root.modules()),

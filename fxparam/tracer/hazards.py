@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,7 +24,8 @@ class Hazard(TraceError):
 
 
 _OUTSIDE = frozenset(
-    "time datetime _datetime _io posix nt _random _socket _posixsubprocess _ctypes random numpy numpy.random".split()
+    """time datetime _datetime _contextvars _io posix nt _random _socket _posixsubprocess _ctypes random numpy
+    numpy.random""".split()
 )
 _BUILTINS_OUTSIDE = frozenset({"print", "input", "open", "exec", "eval"})
 
@@ -38,19 +40,44 @@ def outside_call(function: Any) -> str:
     return f"{home}.{name}()" if home in _OUTSIDE else ""
 
 
+class _Refusal(threading.local):
+    """How many traces of this thread refuse autograd functions."""
+
+    depth = 0
+
+
+_refusal = _Refusal()
+_apply: Any = torch.autograd.Function.__dict__["apply"]
+_patching = threading.Lock()
+_patched = 0
+
+
+def _apply_or_refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+    if _refusal.depth:
+        raise Hazard(f"torch.autograd.Function {cls.__name__} has a backward of its own, which a trace loses")
+    return _apply.__get__(None, cls)(*args, **kwargs)
+
+
 @contextmanager
 def no_autograd_functions() -> Iterator[None]:
-    """Raise ``Hazard`` when a ``torch.autograd.Function`` is applied: a trace keeps its forward and loses its backward."""
-    original = torch.autograd.Function.__dict__["apply"]
+    """Raise ``Hazard`` when a ``torch.autograd.Function`` is applied: a trace keeps its forward and loses its backward.
 
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        raise Hazard(f"torch.autograd.Function {cls.__name__} has a backward of its own, which a trace loses")
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    Other threads, which see the same class, are not concerned.
+    """
+    _patch(1)
+    _refusal.depth += 1
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        _refusal.depth -= 1
+        _patch(-1)
+
+
+def _patch(change: int) -> None:
+    global _patched
+    with _patching:
+        _patched += change
+        torch.autograd.Function.apply = classmethod(_apply_or_refuse) if _patched else _apply  # type: ignore[method-assign]
 
 
 def ambient_modes() -> tuple[object, ...]:

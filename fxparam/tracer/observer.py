@@ -15,7 +15,8 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import is_
+from itertools import pairwise
+from operator import getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ _WRITES = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME")
 # Objects of these packages and kinds may be read from outside although changes of theirs cannot be seen.
 _TRUSTED = "torch fxparam logging typing re functools types abc enum weakref dataclasses inspect operator pathlib".split()
 _DYNAMIC = frozenset({"getattr", "hasattr", "attrgetter", "vars", "__dict__", "__getattribute__"})
-_DECORATORS = ("torch._compile", "torch._dynamo.", "torch.utils._contextlib", "contextlib")
+_DECORATORS = ("torch._compile", "torch._dynamo.", "torch.utils._contextlib", "contextlib", "collections.abc", "os")
 _DEPTH = 6
 
 
@@ -145,6 +146,8 @@ class Observer:
             if intervenes and _is_users(_caller(frame)):
                 self.hazard(f"the forward calls {home}.{name}, which a graph of operations does not show")
             return
+        if home == "os" and frame.f_code.co_name in ("__getitem__", "__contains__") and _is_users(_caller(frame)):
+            self.hazard("the forward reads the environment")
         if package in _OUTSIDE_PYTHON and _is_users(frame.f_back):
             self.hazard(f"the forward calls {home}.{frame.f_code.co_name}")
         if home == "logging" and _is_users(frame.f_back) and not _says_once(frame):
@@ -237,7 +240,7 @@ class Observer:
         elif not is_watchable(value) and not _is_trusted(value):
             return f"{what}, a {type(value).__module__}.{type(value).__name__}, which cannot be watched for changes"
         elif not isinstance(value, nn.Module):
-            self._remember(what, functools.partial(_item, container, key))
+            self._remember(what, functools.partial(getitem, container, key))
         return ""
 
     def _read_members(self, what: str, value: Any, names: Any, depth: int) -> None:
@@ -273,27 +276,23 @@ class Cell:
 
 
 class Members:
-    """What a class or a module defines, as items; functions by number, so that nobody looks into them."""
+    """What a class or a module defines, as items; methods are seen to be replaced, but nobody looks into them."""
 
     def __init__(self, holder: Any) -> None:
         self.holder = holder
-        # No other function gets one of these numbers.
-        self._kept = [value for value in vars(holder).values() if isinstance(value, types.FunctionType)]
+        methods = vars(holder).items() if isinstance(holder, type) else ()
+        self._methods = {name: value for name, value in methods if isinstance(value, types.FunctionType)}
 
     def __getitem__(self, name: str) -> Any:
         value = vars(self.holder)[name]
-        return id(value) if isinstance(value, types.FunctionType) and isinstance(self.holder, type) else value
+        return "as it was" if name in self._methods and value is self._methods[name] else value
 
 
 def _handles_errors(code: types.CodeType) -> bool:
-    """Whether a function goes another way after an error: it has an ``except``, other than what ``with`` and ``finally`` have."""
+    """Whether a function goes another way after an error: it has an ``except``, which ``with`` and ``finally`` are not."""
     names = [instruction.opname for instruction in dis.get_instructions(code)]
-    bare = any(pair == ("PUSH_EXC_INFO", "POP_TOP") for pair in zip(names, names[1:], strict=False))
+    bare = any(pair == ("PUSH_EXC_INFO", "POP_TOP") for pair in pairwise(names))
     return bare or "CHECK_EXC_MATCH" in names
-
-
-def _item(container: Any, key: Any) -> Any:
-    return container[key]
 
 
 def _members(cls: type) -> dict[str, Any]:

@@ -7,6 +7,7 @@ happened in, up to the root; every other call can be cut out of the tape as a gr
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _pop_mode, _push_mode
 
 from fxparam.spec.names import first_names, named_tensors
 from fxparam.tracer.delivery import WeightReader, weights_read_by
@@ -25,6 +27,10 @@ from fxparam.tracer.tape import Op, Tape
 from fxparam.tracer.watch import Watch
 
 _DEPTH = 6
+
+
+CHOOSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+"""Layers that choose fused kernels by themselves, other ones where a mode is active: called as a whole, without one."""
 
 
 @dataclass(eq=False)
@@ -105,7 +111,9 @@ class Recording:
             for name in vars(members.holder)
             if self.attributes is None or name in self.attributes
         ]
-        return Watch(module.modules(), names=self.attributes, places=(*self.places, *classes, *self._registered(module, tensors)))
+        return Watch(
+            module.modules(), names=self.attributes, places=(*self.places, *classes, *self._registered(module, tensors))
+        )
 
     def _registered(self, module: nn.Module, tensors: Collection[str]) -> Iterator[tuple[Any, Any]]:
         """Where the tensors are that a graph reads: another one may be put there for a while, or one of two that are tied."""
@@ -144,6 +152,8 @@ class Recorder:
         self._names = first_names(root)
         self._held = {id(tensor): tensor for module in root.modules() for tensor in _held_by(module)}
         self._stack: list[Call] = []
+        # How deep in a module that is called as a whole.
+        self._inside = 0
         self._done: Call | None = None
         self._tape = Tape(self._hazard, self._asked, self._ran)
         self._observer = Observer(root, self._entered, self._left, self._hazard, lambda: len(self._tape.ops))
@@ -152,7 +162,7 @@ class Recorder:
         """Call the model; returns what it returns, and the recording."""
         before = Watch(self.root.modules())
         held = [(key, tensor, version_of(tensor)) for key, tensor in self._held.items()]
-        randomness = python_random_states()
+        randomness, context = python_random_states(), contextvars.copy_context()
         registered = [row.tensor for row in named_tensors(self.root)]
         versions = [version_of(tensor) for tensor in registered]
         with self._observer.watching(), weights_read_by(self), self._tape:
@@ -160,6 +170,8 @@ class Recorder:
         root = self._done or self._unseen(args, kwargs)
         if randomness != python_random_states():
             self._taint(root, "the forward draws random numbers that are not PyTorch's")
+        if not _same_context(context, contextvars.copy_context()):
+            self._taint(root, "the forward sets a context variable")
         if not before.holds():
             self._taint(root, f"the forward writes the attribute {before.first_change()!r} of a module")
         if self._observer.lost:
@@ -173,9 +185,7 @@ class Recorder:
             if version_of(tensor) != then and id(tensor) in self._names
         }
         # What is written through it moves no version.
-        written |= {
-            self._names[id(tensor)] for tensor in self._tape.exposed if id(tensor) in self._names
-        }
+        written |= {self._names[id(tensor)] for tensor in self._tape.exposed if id(tensor) in self._names}
         rows = [*held, *((key, *row) for key, row in self._observer.held.items())]
         return output, self._recording(root, written, {key for key, tensor, then in rows if version_of(tensor) != then})
 
@@ -263,10 +273,15 @@ class Recorder:
 
     def _ran(self, modes: tuple[object, ...]) -> None:
         for call in self._stack:
-            if call.modes != modes and not call.reason:
+            # A block without gradients can be shown: by what is computed in it from detached tensors.
+            without_grad = call.modes[0] and not modes[0] and call.modes[1:] == modes[1:]
+            if call.modes != modes and not without_grad and not call.reason:
                 call.reason = f"the forward switches grad mode or autocast at {user_line()}"
 
     def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._inside:
+            self._inside += 1
+            return
         leaves, structure = flatten((args, kwargs))
         foreign = None
         for leaf in leaves:
@@ -283,9 +298,19 @@ class Recorder:
             self._hazard(f"{path or type(module).__name__} has hooks, which a graph would not run")
         if isinstance(module, torch.jit.ScriptModule):
             self._hazard(f"{path or type(module).__name__} is a ScriptModule, which runs by itself")
+        if isinstance(module, CHOOSING) and path is not None and _top_mode() is self._tape:
+            _pop_mode()
+            self._inside = 1
 
     def _left(self, output: Any) -> None:
         if not self._stack:
+            return
+        if self._inside:
+            self._inside -= 1
+            if self._inside:
+                return
+            _push_mode(self._tape)
+            self._left_whole(output)
             return
         call = self._stack[-1]
         call.stop, call.output = len(self._tape.ops), output
@@ -297,11 +322,33 @@ class Recorder:
         after, structure = flatten(call.given)
         if list(map(id, after)) != list(map(id, call.leaves)) or structure != call.structure:
             self._hazard(f"the forward of {name} writes into a container it is given")
-        self._stack.pop()
+        self._return()
+
+    def _left_whole(self, output: Any) -> None:
+        """The same for a module of which nothing is on the tape: an operation of what called it, and no graph by itself."""
+        call = self._stack[-1]
+        call.stop, call.output = len(self._tape.ops), output
+        call.reason = call.reason or f"{type(call.module).__name__} chooses its kernels by itself"
+        self._return()
+        args, kwargs = call.given
+        assert call.path is not None
+        self._tape.note_module(call.path, args, kwargs, output)
+
+    def _return(self) -> None:
+        call = self._stack.pop()
         if self._stack:
             self._stack[-1].calls.append(call)
         else:
             self._done = call
+
+
+def _top_mode() -> Any:
+    depth = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(depth - 1) if depth else None
+
+
+def _same_context(one: contextvars.Context, other: contextvars.Context) -> bool:
+    return list(one) == list(other) and all(one[key] is other[key] for key in one)
 
 
 def version_of(tensor: Tensor) -> int:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from fxparam.tracer.hazards import (
     preserved_generators,
 )
 from fxparam.tracer.looking import contents_kept
+from fxparam.tracer.observer import Members, classes_of
 from fxparam.tracer.watch import Watch
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -109,14 +110,25 @@ def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
         raise TraceError("the forward draws random numbers that are not PyTorch's, or draws them while it is traced")
     if wrote:
         raise TraceError(f"the forward writes the attribute {wrote!r} of a module")
-    looked_into = set(map(id, tracer.looked_into))
+    # Lists of modules are never called, and what is in them decides.
+    looked_into: dict[int, nn.Module] = {id(module): module for module in root.modules() if isinstance(module, _CONTAINERS)}
+    looked_into |= {id(module): module for module in tracer.looked_into}
+    names = tracer.audit.names | {"training", "forward"}
     watch = Watch(
-        tracer.looked_into,
+        looked_into.values(),
         others=[module for module in root.modules() if id(module) not in looked_into],
-        names=tracer.audit.names | {"training"},
-        places=tracer.audit.globals,
+        names=names,
+        places=(*tracer.audit.globals, *_methods(root, names), *tracer.registries()),
     )
     return TracedBody(graph, tracer.tensors, tracer.leaves, watch, tuple(tracer.arguments), tracer.asked())
+
+
+def _methods(root: nn.Module, names: Collection[str]) -> Iterator[tuple[Any, str]]:
+    """The functions of these names that the classes of a model's modules define."""
+    for members in map(Members, classes_of(root)):
+        for name, value in vars(members.holder).items():
+            if name in names and isinstance(value, FunctionType):
+                yield members, name
 
 
 def check_names(root: nn.Module) -> None:
@@ -220,6 +232,8 @@ class _Tracer(fx.Tracer):
         self.held = {id(value) for module in root.modules() for value in _tensors_in(module.__dict__)}
         self.reads: dict[str, _TensorProxy] = {}
         self.watch = Watch(module for module in root.modules() if not _is_torch(module))
+        if type(root).__call__ is not nn.Module.__call__:
+            raise TraceError(f"{type(root).__name__} has a __call__ of its own")
         if reason := _hooks(root) or ("forward" in root.__dict__ and "its forward is set on the instance"):
             raise TraceError(f"{type(root).__name__}: {reason}")
         check_names(root)
@@ -262,6 +276,13 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Tensors that reach a node as they are become reads."""
         return self._tensor(a).node if type(a) in (Tensor, nn.Parameter) or isinstance(a, Tensor) else super().create_arg(a)
+
+    def registries(self) -> Iterator[tuple[Any, str]]:
+        """Where registered tensors are that modules hold elsewhere too: another one may be put into one of the places."""
+        held = {id(value) for module in self.root.modules() for value in _tensors_in(_plain_attributes(module))}
+        for module in self.root.modules():
+            for registry in (module._parameters, module._buffers):
+                yield from ((registry, name) for name, tensor in registry.items() if id(tensor) in held)
 
     def asked(self) -> dict[str, tuple[Any, ...]]:
         """The tensors whose kind the code asked for, and what they were."""
@@ -353,6 +374,10 @@ class _EagerCalls(TorchFunctionMode):
             lambda leaf: self.tracer._tensor(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
         )
         return func(*args, **kwargs)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if name not in ("_parameters", "_buffers", "_modules")}
 
 
 def _tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:

@@ -69,12 +69,13 @@ class Op:
     """One operation.
 
     Attributes:
-        op: ``"call_function"`` or ``"call_method"``, as in a graph.
+        op: ``"call_function"``, ``"call_method"`` or ``"call_module"``, as in a graph.
         target: what is called.
         args: its arguments, tensors as ``Ref``.
         kwargs: its keyword arguments.
         output: its result, tensors as ``Ref``.
         line: the source line.
+        grad: whether grad mode was on.
     """
 
     op: str
@@ -83,6 +84,7 @@ class Op:
     kwargs: dict[str, Any]
     output: Any
     line: str
+    grad: bool
 
 
 class Tape(TorchFunctionMode):
@@ -174,7 +176,7 @@ class Tape(TorchFunctionMode):
         if name == "data":
             self.exposed += given
         op, target, args, kwargs = _call_of(func, name, *taken)
-        self.ops.append(Op(op, target, args, kwargs, self.refs(result), user_line()))
+        self.ops.append(Op(op, target, args, kwargs, self.refs(result), user_line(), torch.is_grad_enabled()))
         self._note_literals(name, given, produced)
         self.ran(ambient_modes())
 
@@ -186,6 +188,14 @@ class Tape(TorchFunctionMode):
         elif numbers & self._literal and (name == "__setitem__" or not is_pure_operator(name)):
             # It may have been written, and with it what it is a view of.
             self._literal.clear()
+
+    def note_module(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A module that was called as a whole, with nothing of it on the tape."""
+        self.ops.append(
+            Op("call_module", path, self.refs(args), self.refs(kwargs), self.refs(output), user_line(), torch.is_grad_enabled())
+        )
+        self._literal.clear()
+        self.ran(ambient_modes())
 
     def _question(self, name: str, given: list[Tensor]) -> None:
         if name in _SHAPE_QUESTIONS:

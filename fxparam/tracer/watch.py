@@ -7,6 +7,7 @@ A graph bakes in what the model's code looked at: options, flags, hooks, submodu
 
 from __future__ import annotations
 
+import contextvars
 import enum
 import functools
 import sys
@@ -25,6 +26,8 @@ _EVERYWHERE = tuple(f"_global{name}" for name in _HOOKS)
 _VALUES = (int, float, complex, str, bytes, type(None), type(...), enum.Enum)
 _FIXED = (
     *_VALUES,
+    # Its value is asked for by a call, and calls are seen.
+    contextvars.ContextVar,
     *(Tensor, nn.Module, torch.dtype, torch.device, torch.layout, torch.memory_format),
     *(
         types.FunctionType,
