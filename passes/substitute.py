@@ -81,6 +81,7 @@ def _inline(new: fx.Graph, site: Site, fragment: Fragment, reads: dict[str, fx.N
             name = next(inputs)
             if name not in reads and name not in added:
                 added[name] = new.get_attr(name)
+                added[name].meta["latent"] = site.home
             mapping[node] = reads.get(name) or added[name]
         elif node.op == "output":
             for aliases, value in zip(site.aliases, node.args[0], strict=True):

@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from fxparam.tracer.hazards import Hazard, outside_call
+from fxparam.tracer.outside import cells_of
 from fxparam.tracer.watch import ClassItems, is_watchable
 
 _WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "DELETE_SUBSCR", "IMPORT_NAME", "STORE_NAME")
@@ -151,6 +152,7 @@ class Audit:
         for name in code.co_freevars:
             if name != "__class__" and name in local:
                 self._check_value(local[name], f"{code.co_name} reads {name} of an enclosing function", at)
+                self.globals += [(cell, name) for cell in cells_of(code, name) if cell.holds(local[name])]
         self.names |= names
 
     def _check_writes(self, code: types.CodeType, names: set[str], instructions: list[dis.Instruction], at: str) -> None:

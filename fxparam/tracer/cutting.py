@@ -87,7 +87,7 @@ def cut(recording: Recording, call: Call) -> RecordedBody:
         builder.modules,
         outputs,
         structure,
-        recording.watch(call.module, builder.names.keys()),
+        recording.watch(call, builder.names.keys()),
     )
 
 

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import dis
 import functools
-import gc
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from operator import getitem, is_
+from operator import getitem
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fxparam.tracer.outside import Cell, Members, Reads, classes_of, functions_of, is_torchs_or_standard, same, snapshot
 from fxparam.tracer.watch import is_watchable
 
 _CALL = nn.Module._wrapped_call_impl.__code__
@@ -57,11 +58,10 @@ class Observer:
         left: called with what a module returned.
         hazard: called with what happened that no graph shows.
         operations: how many operations there have been.
+        ran: called with the code of a function when it is called.
 
     Attributes:
-        names: the attribute names that the code mentions.
-        dynamic: whether it may read attributes whose names it does not mention.
-        places: the globals, closures, defaults and attributes of classes it reads, as containers and keys.
+        reads: what each function reads from outside.
         held: tensors that it finds there, each with its version then.
         lost: what it wrote outside of the model; empty if nothing.
     """
@@ -73,11 +73,11 @@ class Observer:
         left: Callable[[Any], None],
         hazard: Callable[[str], None],
         operations: Callable[[], int],
+        ran: Callable[[types.CodeType], None],
     ) -> None:
-        self.entered, self.left, self.hazard, self.operations = entered, left, hazard, operations
-        self.names: set[str] = {"training", "forward"}
-        self.dynamic = False
-        self.places: list[tuple[Any, Any]] = []
+        self.entered, self.left, self.hazard, self.operations, self.ran = entered, left, hazard, operations, ran
+        self.reads: dict[types.CodeType, Reads] = {}
+        self._reading = Reads()
         self.held: dict[int, tuple[Tensor, int]] = {}
         self.lost = ""
         self._seen: dict[types.CodeType, str] = {}
@@ -156,6 +156,8 @@ class Observer:
         if package in sys.stdlib_module_names and home != "__main__":
             return
         code = frame.f_code
+        self._reading = self.reads.setdefault(code, Reads())
+        self.ran(code)
         reason = self._seen.get(code)
         if reason is None:
             reason = self._seen[code] = self._look(code, frame.f_globals)
@@ -163,7 +165,8 @@ class Observer:
             self._handling[code] = _handles_errors(code)
         if self._handling[code]:
             self._before[frame] = self.operations()
-        if code.co_freevars or any(type(value) in _CONTAINERS for value in frame.f_locals.values()):
+        local = code.co_freevars and _is_inside_its_encloser(frame)
+        if not local and (code.co_freevars or any(type(value) in _CONTAINERS for value in frame.f_locals.values())):
             reason = reason or self._look_at_function(code, frame.f_locals)
         if reason:
             self.hazard(reason)
@@ -172,9 +175,9 @@ class Observer:
         """Why calls of this function are nothing for a graph, or ''."""
         names = set(code.co_names)
         if not _DYNAMIC.isdisjoint(names):
-            self.dynamic = True
+            self._reading.dynamic = True
             names |= {const for const in code.co_consts if isinstance(const, str)}
-        self.names |= names
+        self._reading.names |= names
         if lost := names & self._unwatchable.keys():
             return f"{code.co_name} reads {self._unwatchable[sorted(lost)[0]]}, which cannot be watched for changes"
         for instruction in dis.get_instructions(code):
@@ -202,7 +205,7 @@ class Observer:
     def _look_into(self, code: types.CodeType, local: Mapping[str, Any], free: Sequence[str], containers: Sequence[str]) -> str:
         steady = types.FunctionType | types.BuiltinFunctionType | types.ModuleType | type
         risky = [name for name in free if not isinstance(local[name], steady)]
-        for function in _functions_of(code) if risky or containers else ():
+        for function in functions_of(code) if risky or containers else ():
             cells = dict(zip(code.co_freevars, map(Cell, function.__closure__ or ()), strict=False))
             if any(not cells[name].holds(local[name]) for name in free):
                 continue
@@ -223,20 +226,20 @@ class Observer:
         elif (id(container), key) not in self._known or isinstance(container, Cell):
             # With the container, whose id must not be used again.
             self._known[id(container), key] = (container, self._read_value(what, container, key, value))
-        else:
-            return self._known[id(container), key][1]
-        self.places.append((container, key))
+        self._reading.note(container, key)
         return self._known.get((id(container), key), (None, ""))[1]
 
     def _read_value(self, what: str, container: Any, key: str, value: Any) -> str:
         if isinstance(value, Tensor):
-            self.held.setdefault(id(value), (value, -1 if value.is_inference() else value._version))
+            with torch._C.DisableTorchFunction():
+                self.held.setdefault(id(value), (value, -1 if value.is_inference() else value._version))
         elif isinstance(value, functools._lru_cache_wrapper):
             self._cached.add(value.__wrapped__.__code__)
         elif isinstance(value, types.FunctionType):
             if vars(value).keys() - {"__wrapped__"}:
                 self._remember(f"attributes of {what}", functools.partial(vars, value))
-                self.places += [(vars(value), name) for name in vars(value)]
+                for name in vars(value):
+                    self._reading.note(vars(value), name)
         elif not is_watchable(value) and not _is_trusted(value):
             return f"{what}, a {type(value).__module__}.{type(value).__name__}, which cannot be watched for changes"
         elif not isinstance(value, nn.Module):
@@ -246,7 +249,7 @@ class Observer:
     def _read_members(self, what: str, value: Any, names: Any, depth: int) -> None:
         """What the code may read of a class or a module of a user's."""
         home = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
-        if depth == 0 or _is_torchs_or_standard(home):
+        if depth == 0 or is_torchs_or_standard(home):
             return
         holders = value.__mro__[:-1] if isinstance(value, type) else (value,)
         for holder in holders:
@@ -256,36 +259,6 @@ class Observer:
 
     def _remember(self, what: str, get: Callable[[], Any]) -> None:
         self._outside.append((what, get, snapshot(get())))
-
-
-class Cell:
-    """The content of a closure's cell as an item."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
-
-    def __getitem__(self, name: str) -> Any:
-        return self.cell.cell_contents
-
-    def holds(self, value: Any) -> bool:
-        """Whether it has this content now."""
-        try:
-            return self.cell.cell_contents is value
-        except ValueError:
-            return False
-
-
-class Members:
-    """What a class or a module defines, as items; methods are seen to be replaced, but nobody looks into them."""
-
-    def __init__(self, holder: Any) -> None:
-        self.holder = holder
-        methods = vars(holder).items() if isinstance(holder, type) else ()
-        self._methods = {name: value for name, value in methods if isinstance(value, types.FunctionType)}
-
-    def __getitem__(self, name: str) -> Any:
-        value = vars(self.holder)[name]
-        return "as it was" if name in self._methods and value is self._methods[name] else value
 
 
 def _handles_errors(code: types.CodeType) -> bool:
@@ -299,23 +272,8 @@ def _members(cls: type) -> dict[str, Any]:
     return {name: value for name, value in vars(cls).items() if not name.startswith(("__", "_abc_"))}
 
 
-def classes_of(root: nn.Module) -> list[type]:
-    """The classes of a user's behind the modules of a model."""
-    every = {base: None for module in root.modules() for base in type(module).__mro__}
-    return [base for base in every if not _is_torchs_or_standard(base.__module__)]
-
-
-def _is_torchs_or_standard(home: str) -> bool:
-    package = home.split(".")[0]
-    return package in ("torch", "fxparam") or (package in sys.stdlib_module_names and home != "__main__")
-
-
 def _is_trusted(value: Any) -> bool:
     return type(value).__module__.split(".")[0] in _TRUSTED or type(value).__name__ in ("ufunc", "TypeVar")
-
-
-def _functions_of(code: types.CodeType) -> list[types.FunctionType]:
-    return [one for one in gc.get_referrers(code) if type(one) is types.FunctionType and one.__code__ is code]
 
 
 def _has_tensor(value: Any, depth: int = 3) -> bool:
@@ -324,58 +282,11 @@ def _has_tensor(value: Any, depth: int = 3) -> bool:
     return isinstance(value, Tensor)
 
 
-def snapshot(value: Any) -> list[Any]:
-    """What a container or an object holds, at any depth, as a list to be compared by identity; all of it stays alive."""
-    found: list[Any] = []
-    for item in _items(value) or ():
-        _gather(item, found, set(), _DEPTH)
-    return found or [value]
-
-
-def _gather(value: Any, found: list[Any], seen: set[int], depth: int) -> None:
-    found.append(value)
-    items = _items(value) if depth and id(value) not in seen else None
-    if items is not None:
-        seen.add(id(value))
-        for item in items:
-            _gather(item, found, seen, depth - 1)
-
-
-def _items(value: Any) -> list[Any] | None:
-    if isinstance(value, dict):
-        return [part for item in list(value.items()) for part in item]
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(value)
-    return [part for item in list(vars(value).items()) for part in item] if _is_plain(value) else None
-
-
 def _unwatchable(root: nn.Module) -> Iterator[tuple[str, str]]:
     for path, module in root.named_modules():
         for name, value in module.__dict__.items():
             if name not in _OF_EVERY_MODULE and not is_watchable(value):
                 yield name, f"{path + '.' if path else ''}{name}, a {type(value).__module__}.{type(value).__name__}"
-
-
-def contents_of(module: nn.Module) -> list[Any]:
-    """The attributes of a module and what they hold, to be compared by identity with ``same``."""
-    plain = {name: value for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE or name == "training"}
-    registries = (module._parameters, module._buffers, module._modules)
-    return [part for holder in (plain, *registries) for part in (*snapshot(holder), None)]
-
-
-def same(now: list[Any], then: list[Any]) -> bool:
-    """Whether two snapshots hold the very same objects."""
-    return len(now) == len(then) and all(map(is_, now, then))
-
-
-def _is_plain(value: Any) -> bool:
-    home = type(value).__module__.split(".")[0]
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, type | types.ModuleType | types.FunctionType | nn.Module)
-        and home not in ("torch", "numpy")
-        and (home == "__main__" or home not in sys.stdlib_module_names or type(value) is types.SimpleNamespace)
-    )
 
 
 def _is_users(frame: types.FrameType | None) -> bool:
@@ -389,6 +300,16 @@ def _caller(frame: types.FrameType) -> types.FrameType | None:
     while caller is not None and str(caller.f_globals.get("__name__", "")).startswith(_DECORATORS):
         caller = caller.f_back
     return caller
+
+
+def _is_inside_its_encloser(frame: types.FrameType) -> bool:
+    """Whether the function that defines this one is running: its variables are those of this forward, and nothing outside."""
+    encloser = frame.f_back
+    while encloser is not None and encloser.f_code is not _CALL:
+        if frame.f_code in encloser.f_code.co_consts:
+            return True
+        encloser = encloser.f_back
+    return False
 
 
 def _says_once(frame: types.FrameType | None) -> bool:

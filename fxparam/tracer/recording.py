@@ -21,9 +21,10 @@ from torch.overrides import _pop_mode, _push_mode
 from fxparam.spec.names import first_names, named_tensors
 from fxparam.tracer.delivery import WeightReader, weights_read_by
 from fxparam.tracer.hazards import ambient_modes, python_random_states, user_line
-from fxparam.tracer.observer import Members, Observer, classes_of, contents_of, same
+from fxparam.tracer.observer import Observer
+from fxparam.tracer.outside import Members, Reads, classes_of, contents_of, same
 from fxparam.tracer.signature import Signature, Structure, flatten, signature_of
-from fxparam.tracer.tape import Op, Tape
+from fxparam.tracer.tape import Op, Tape, refs_in
 from fxparam.tracer.watch import Watch
 
 _DEPTH = 6
@@ -51,6 +52,8 @@ class Call:
         reason: why there can be no graph of it; empty if there can.
         asked: whether its code asked for the shape of a tensor.
         calls: the calls of other modules in it.
+        codes: the functions of the user's that ran in it.
+        mentioned: attributes that other code looked at in it.
     """
 
     module: nn.Module
@@ -66,6 +69,8 @@ class Call:
     reason: str = ""
     asked: bool = False
     calls: list[Call] = field(default_factory=list)
+    codes: set[CodeType] = field(default_factory=set)
+    mentioned: set[str] = field(default_factory=set)
 
     def signature(self) -> Signature:
         """What other calls must have in common with this one.
@@ -88,8 +93,7 @@ class Recording:
         names: the names of registered, computed and otherwise held tensors, by ``id``.
         held: the tensors that are held without being registered, by name.
         written: the names of registered tensors that the call wrote to.
-        attributes: the attribute names that the code mentions; None where it may read any.
-        places: globals, closures and attributes of classes that it reads.
+        reads: what each function reads from outside.
         containers: the ids of the containers that the modules hold.
     """
 
@@ -99,21 +103,23 @@ class Recording:
     names: Mapping[int, str]
     held: Mapping[str, Tensor]
     written: frozenset[str]
-    attributes: frozenset[str] | None
-    places: tuple[tuple[Any, Any], ...]
+    reads: Mapping[CodeType, Reads]
     containers: frozenset[int]
 
-    def watch(self, module: nn.Module, tensors: Collection[str]) -> Watch:
-        """What must stay as it is for graphs of this module, which read these tensors."""
+    def watch(self, call: Call, tensors: Collection[str]) -> Watch:
+        """What must stay as it is for a graph of this call, which reads these tensors."""
+        reads, module = Reads(), call.module
+        reads.names.update(call.mentioned)
+        for code in call.codes:
+            reads.add(self.reads[code])
+        names = None if reads.dynamic else frozenset(reads.names)
         classes = [
             (members, name)
             for members in map(Members, classes_of(module))
             for name in vars(members.holder)
-            if self.attributes is None or name in self.attributes
+            if names is None or name in names
         ]
-        return Watch(
-            module.modules(), names=self.attributes, places=(*self.places, *classes, *self._registered(module, tensors))
-        )
+        return Watch(module.modules(), names=names, places=(*reads.places, *classes, *self._registered(module, tensors)))
 
     def _registered(self, module: nn.Module, tensors: Collection[str]) -> Iterator[tuple[Any, Any]]:
         """Where the tensors are that a graph reads: another one may be put there for a while, or one of two that are tied."""
@@ -156,7 +162,7 @@ class Recorder:
         self._inside = 0
         self._done: Call | None = None
         self._tape = Tape(self._hazard, self._asked, self._ran)
-        self._observer = Observer(root, self._entered, self._left, self._hazard, lambda: len(self._tape.ops))
+        self._observer = Observer(root, self._entered, self._left, self._hazard, lambda: len(self._tape.ops), self._ran_code)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Recording]:
         """Call the model; returns what it returns, and the recording."""
@@ -205,7 +211,11 @@ class Recorder:
         return False
 
     def _recording(self, root: Call, written: set[str], held_written: set[int]) -> Recording:
-        held = {**self._held, **{key: tensor for key, (tensor, _) in self._observer.held.items()}}
+        # A closure may hold what the forward itself has made.
+        made = {ref.number for op in self._tape.ops for ref in refs_in(op.output)}
+        made |= {self._tape.ref(leaf).number for leaf in root.leaves if isinstance(leaf, Tensor)}
+        found = {key: tensor for key, (tensor, _) in self._observer.held.items() if self._tape.numbers.get(key) not in made}
+        held = {**self._held, **found}
         names = {**{key: f"captured.{number}" for number, key in enumerate(held)}, **self._names}
         return Recording(
             root=root,
@@ -214,8 +224,7 @@ class Recorder:
             names=names,
             held={names[key]: tensor for key, tensor in held.items() if names[key].startswith("captured.")},
             written=frozenset(written | {names[key] for key in held_written}),
-            attributes=None if self._observer.dynamic else frozenset(self._observer.names),
-            places=tuple(self._observer.places),
+            reads=self._observer.reads,
             containers=frozenset(id(one) for module in self.root.modules() for one in contents_of(module)),
         )
 
@@ -228,8 +237,8 @@ class Recorder:
 
     def read_weight(self, name: str) -> Any:
         """A computed weight. How it is computed is none of the model's doing."""
-        # It is computed under the modes of its reader.
-        self._ran(ambient_modes())
+        # It is computed under the modes of its reader, and has no gradient where that has none.
+        self._ran(ambient_modes(), reads_weight=True)
         with self._unobserved():
             value = self.reader.read_weight(name)
         # The tape keeps it alive, so that no other tensor gets its id.
@@ -245,7 +254,8 @@ class Recorder:
 
     def mention(self, names: Iterable[str]) -> None:
         """Attributes that code which is not observed looks at."""
-        self._observer.names.update(names)
+        for call in self._stack:
+            call.mentioned.update(names)
 
     def write_weight(self, name: str, value: Tensor) -> None:
         """Assigning weights inside a forward is nothing a graph can show."""
@@ -267,14 +277,18 @@ class Recorder:
             for call in open_:
                 call.reason = f"{what} at {line}" if line else what
 
+    def _ran_code(self, code: CodeType) -> None:
+        for call in self._stack:
+            call.codes.add(code)
+
     def _asked(self) -> None:
         for call in self._stack:
             call.asked = True
 
-    def _ran(self, modes: tuple[object, ...]) -> None:
+    def _ran(self, modes: tuple[object, ...], *, reads_weight: bool = False) -> None:
         for call in self._stack:
             # A block without gradients can be shown: by what is computed in it from detached tensors.
-            without_grad = call.modes[0] and not modes[0] and call.modes[1:] == modes[1:]
+            without_grad = call.modes[0] and not modes[0] and call.modes[1:] == modes[1:] and not reads_weight
             if call.modes != modes and not without_grad and not call.reason:
                 call.reason = f"the forward switches grad mode or autocast at {user_line()}"
 

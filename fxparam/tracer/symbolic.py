@@ -34,7 +34,7 @@ from fxparam.tracer.hazards import (
     preserved_generators,
 )
 from fxparam.tracer.looking import contents_kept
-from fxparam.tracer.observer import Members, classes_of
+from fxparam.tracer.outside import Members, classes_of
 from fxparam.tracer.watch import Watch
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -8,7 +8,7 @@ it (its shape, its value) is noted as well: a graph bakes the answer in.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,15 @@ class Ref:
     """A tensor on a tape, by its number."""
 
     number: int
+
+
+def refs_in(value: Any) -> Iterator[Ref]:
+    """The tensors in the result of an operation."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from refs_in(item)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+# What is kept here on modules of a user's.
+_OURS = frozenset({"_compiled_call_impl", "_fxparam_binding"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EVERYWHERE = tuple(f"_global{name}" for name in _HOOKS)
 _VALUES = (int, float, complex, str, bytes, type(None), type(...), enum.Enum)
@@ -123,7 +125,7 @@ class Watch:
 
     def _hold_attributes(self, module: nn.Module, names: Collection[str] | None) -> None:
         for key in module.__dict__:
-            if key not in _OF_EVERY_MODULE and (names is None or key in names):
+            if key not in _OURS and key not in _OF_EVERY_MODULE and (names is None or key in names):
                 self._hold(module.__dict__, key, _DEPTH)
 
     def _hold(self, container: Any, key: Any, depth: int) -> None:

@@ -43,8 +43,9 @@ def steps() -> tuple[Any, ...]:
     return (torch.randn(6, 3, 4),)
 
 
-def alive(cell: nn.RNNCell) -> nn.RNNCell:
-    """With positive inputs some of its units are on."""
+def alive() -> nn.RNNCell:
+    """A rectified cell of which, with positive inputs, some units are on."""
+    cell = nn.RNNCell(4, 4, nonlinearity="relu")
     nn.init.uniform_(cell.weight_ih, 1.0, 2.0)
     return cell
 
@@ -54,7 +55,7 @@ CASES: dict[str, Case] = {
     **{f"{name} hidden": Case(lambda cls=cls: Loop(cls(4, 4)), ("cell.weight_hh",), steps) for name, cls in CELLS.items()},  # type: ignore[misc]
     **{f"{name} all": Case(lambda cls=cls: Loop(cls(4, 5)), ("cell.*",), steps, FLAT) for name, cls in CELLS.items()},  # type: ignore[misc]
     "no bias": Case(lambda: Loop(nn.GRUCell(4, 5, bias=False)), ("cell.weight_?h",), steps),
-    "relu": Case(lambda: Loop(alive(nn.RNNCell(4, 4, nonlinearity="relu"))), ("cell.weight_hh",), lambda: (torch.rand(6, 3, 4),)),
+    "relu": Case(lambda: Loop(alive()), ("cell.weight_hh",), lambda: (torch.rand(6, 3, 4),)),
     "bare": Case(lambda: nn.GRUCell(4, 5), ("weight_hh", "bias_ih"), lambda: (torch.randn(3, 4), torch.randn(3, 5)), FLAT),
     "bare LSTM": Case(
         lambda: nn.LSTMCell(4, 5), ("weight_hh",), lambda: (torch.randn(3, 4), (torch.randn(3, 5), torch.randn(3, 5)))

@@ -172,8 +172,6 @@ class Case:
     spec: bool = True
     reset: Callable[[], None] = lambda: None
     """Puts back what a model may have changed outside of itself."""
-    fails: str = ""
-    """Why symbolic tracing of the model as a whole gets it wrong; empty if it does not."""
 
 
 def fields_of(value: Any) -> Any:
@@ -389,10 +387,7 @@ def check_naive(case: Case) -> None:
 
 
 def cases(table: Sequence[Case]) -> list[Any]:
-    def marks(case: Case, way: str) -> list[Any]:
-        return [pytest.mark.xfail(strict=True, reason=case.fails)] if case.fails and way == "model-auto" else []
-
-    return [pytest.param(case, way, id=f"{case.name}-{way}", marks=marks(case, way)) for case in table for way in WAYS]
+    return [pytest.param(case, way, id=f"{case.name}-{way}") for case in table for way in WAYS]
 
 
 def naive_cases(table: Sequence[Case]) -> list[Any]:

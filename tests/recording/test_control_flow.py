@@ -301,7 +301,6 @@ VALUES = (CALL, CALL, SMALL, CALL, CALL, step, CALL, CALL, CALL, SMALL, CALL, CA
 BY_VALUE = """ByBool ByItem ByFloat ByAny ByMembership ByNonzero ByUnique ByWhere ByList ByText ByOneHot ByEqual WritesLiteral
 ByRandomLiteral""".split()
 OUTSIDE = "ByContext ByThread ByEnvironment BySettings ByClass ByFunction".split()
-CLOSURE = "symbolic tracing does not see that a closure changes"
 CASES = [
     *(
         make(name, True, True, story=(CALL, CALL, SMALL, SMALL, CALL, step, SMALL, CALL))
@@ -318,7 +317,7 @@ CASES = [
     make("ByException", False, True, "errors"),
     make("ByFailure", False, True, "errors", VALUES),
     *(replace(make(name, None, True, story=changes(set_all(2.0), set_all(3.0))), reset=set_all(1.0)) for name in OUTSIDE),
-    Case("ByClosure", ByClosure, changes(set_all(2.0), set_all(3.0)), None, naive=True, reset=set_all(1.0), fails=CLOSURE),
+    Case("ByClosure", ByClosure, changes(set_all(2.0), set_all(3.0)), None, naive=True, reset=set_all(1.0)),
     make("SwitchesOption", None, False),
     make("Experts", False, True, story=VALUES),
 ]
