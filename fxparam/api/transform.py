@@ -184,10 +184,17 @@ class _Builder:
             own = [task for task in inner if any(place[0] is module for row in task.rows for place in row.places)]
             if row.name not in extended:
                 self._place(*split(row.name), module)
-                reads = tuple(self._build_latent(task, module) for task in own)
+                if own and one.inner:
+                    raise SpecError(
+                        f"{row.name} has latents that are computed already; a rule for another one is not supported"
+                    )
+                reads = self._adopt_latents(one, module, home_of(self.paths[owner], local))
+                reads += tuple(self._build_latent(task, module) for task in own)
                 self._add((row,), module, "adopted", one.origin, "as it was", reads)
-            elif own:
-                raise SpecError(f"{row.name} is extended by one rule, and its latent replaced by another; give one of them")
+            elif own or one.inner:
+                raise SpecError(
+                    f"{row.name} is extended by one rule, and its latent computed already or by another; have one of them"
+                )
         for number, task in enumerate(tasks):
             if task not in inner:
                 self._build(task, number)
@@ -222,6 +229,17 @@ class _Builder:
         for local, tensor in zip(module.latent_names, module.latents, strict=True):
             name = join(home, local)
             yield NamedTensor(name, (name,), ((module, local),), tensor, not isinstance(tensor, nn.Parameter))
+
+    def _adopt_latents(self, one: Adopted, module: SiteModule, home: str) -> tuple[str, ...]:
+        """The sites of latents that are computed already; returns their names, which the site they belong to reads."""
+        for local, inner in one.inner.items():
+            latent, name = adopted_site(inner), join(home, local)
+            row = NamedTensor(name, (name,), ((module, local),), getattr(module, local), inner.is_buffer)
+            self._place(home, local, latent)
+            reads = self._adopt_latents(inner, latent, home_of(home, local))
+            self._add((row,), latent, "adopted", inner.origin, "as it was", reads)
+            module.computed_latents += (local,)
+        return tuple(join(home, local) for local in one.inner)
 
     def _build_latent(self, task: Task, module: SiteModule) -> str:
         """The site of a latent; returns its name, which the site it belongs to reads."""

@@ -157,7 +157,7 @@ class Planner:
             self._retraces += 1
             if self._retraces > _MAX_RETRACES:
                 change = before.traced.watch.first_change()
-                self.trace, self.why_live = False, f"the attribute {change!r} keeps changing between forwards"
+                self.trace, self.why_live = False, f"{change} keeps changing between forwards"
         if len(self._plans) >= _MAX_PLANS:
             self.clear()
         if self.forget_replaced():

@@ -112,6 +112,9 @@ class Refresher:
                 if explained := self.alarms.explain(sites, error, plan.sources, sources):
                     raise explained from error
                 raise
+            if len(plan.repeatable) < len(plan.components):
+                # A map that counts its evaluations is not to be evaluated again for that.
+                plan.watch.renew()
             if look or self.always_look or self.alarms.due(self.stats.refreshes):
                 # Of frozen ones only where nothing trains: the weights under an adapter are large, and stay what they are.
                 named = [

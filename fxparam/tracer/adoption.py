@@ -19,17 +19,16 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fxparam.errors import ImageError
+from fxparam.tracer.legacy_maps import MaskStep, SpectralNormStep, WeightNormStep
 
 # What each legacy hook keeps on its module, "<tensor><suffix>", and the name of the same tensor under
 # "parametrizations.<tensor>." in the scheme of torch.nn.utils.parametrize. Names in "original*" are latents.
@@ -62,6 +61,8 @@ class Adopted:
         is_buffer: whether the computed tensor was a buffer.
         legacy_names: names that a checkpoint of the old form uses for the tensors of this weight -> the names they
             have relative to the owner in the scheme of ``torch.nn.utils.parametrize``.
+        inner: latents that are themselves computed (a parametrization on ``layer.parametrizations.weight.original``), by the
+            name of the original; ``originals`` has their present values.
     """
 
     owner: nn.Module
@@ -71,93 +72,7 @@ class Adopted:
     originals: tuple[Tensor, ...]
     is_buffer: bool
     legacy_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-
-
-@final
-class WeightNormStep(nn.Module):
-    """``(g, v) -> g v / |v|``, the norm over all dimensions but ``dim`` (``-1``: over all), as the legacy hook has it.
-
-    ``g`` has the shape of ``v`` with every dimension but ``dim`` set to 1; the weight has the shape of ``v``.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        """The weight, of the shape of ``v``."""
-        return torch._weight_norm(v, g, self.dim)
-
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """``(|weight|, weight)``."""
-        return torch.norm_except_dim(weight, 2, self.dim), weight
-
-
-@final
-class SpectralNormStep(nn.Module):
-    """``orig -> orig / sigma``, where ``sigma = uᵀ W v`` and ``W`` is ``orig`` as a matrix with ``dim`` first.
-
-    In training each evaluation advances the buffers ``_u`` (rows of ``W``) and ``_v`` (columns) in place by
-    ``n_power_iterations`` power iterations, ``v`` first; in eval none. Shares ``u`` and ``v`` with the caller.
-    """
-
-    _u: Tensor
-    _v: Tensor
-
-    def __init__(self, u: Tensor, v: Tensor, *, dim: int, n_power_iterations: int, eps: float) -> None:
-        super().__init__()
-        self.register_buffer("_u", u)
-        self.register_buffer("_v", v)
-        self.dim, self.n_power_iterations, self.eps = dim, n_power_iterations, eps
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight divided by its estimated largest singular value."""
-        matrix = weight
-        if self.dim != 0:
-            matrix = weight.permute(self.dim, *(d for d in range(weight.dim()) if d != self.dim))
-        matrix = matrix.reshape(matrix.size(0), -1)
-        u, v = self._u, self._v
-        if self.training:
-            with torch.no_grad():
-                for _ in range(self.n_power_iterations):
-                    v = F.normalize(torch.mv(matrix.t(), u), dim=0, eps=self.eps, out=v)
-                    u = F.normalize(torch.mv(matrix, v), dim=0, eps=self.eps, out=u)
-                # The next evaluation writes into the buffers, and this one's backward still needs these values.
-                u, v = u.clone(), v.clone()
-        return weight / torch.dot(u, torch.mv(matrix, v))
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """``weight``, as PyTorch's own spectral norm has it: exact where its largest singular value is 1."""
-        return weight
-
-
-@final
-class MaskStep(nn.Module):
-    """``orig -> mask * orig``, the mask cast to the dtype of ``orig``. Shares ``mask`` with the caller."""
-
-    mask: Tensor
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight with its pruned entries set to zero."""
-        return self.mask.to(dtype=weight.dtype) * weight
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """``weight``, where it is zero wherever it is pruned.
-
-        Raises:
-            ImageError: ``weight`` has entries that the mask does not let through.
-        """
-        wrong = int((self(weight) != weight).sum())
-        if wrong:
-            raise ImageError(
-                f"got a weight of shape {tuple(weight.shape)} with {wrong} entries that its pruning mask changes; "
-                "expected a pruned weight; type: weight * mask"
-            )
-        return weight
+    inner: Mapping[str, Adopted] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def parametrized_names(module: nn.Module) -> tuple[str, ...]:
@@ -230,8 +145,14 @@ def _parametrizations(module: nn.Module) -> dict[str, Any]:
 
 def _obstacle(steps: parametrize.ParametrizationList) -> str:
     """Why this list is more than its steps applied to its originals; empty where it is not."""
-    if type(steps) is not parametrize.ParametrizationList:
+    nested = parametrized_names(steps)
+    if type(steps) is not parametrize.ParametrizationList and not (nested and _is_generated_list(steps)):
         return f"because the list itself is a {type(steps).__name__}"
+    for name in nested:
+        if name not in _original_names(steps):
+            return f"because its {name} is computed"
+        if reason := _obstacle(_parametrizations(steps)[name]):
+            return reason
     hooked = (steps._forward_pre_hooks, steps._forward_hooks, steps._backward_pre_hooks, steps._backward_hooks)
     if any(hooked):
         return "because the list of its steps has hooks"
@@ -240,17 +161,30 @@ def _obstacle(steps: parametrize.ParametrizationList) -> str:
     return ""
 
 
+def _is_generated_list(steps: parametrize.ParametrizationList) -> bool:
+    return has_generated_class(steps) and type(steps).__mro__[1] is parametrize.ParametrizationList
+
+
+def _original_names(steps: parametrize.ParametrizationList) -> list[str]:
+    return ["original"] if steps.is_tensor else [f"original{i}" for i in range(steps.ntensors)]
+
+
 def _originals(steps: parametrize.ParametrizationList) -> tuple[Any, ...]:
-    names = ["original"] if steps.is_tensor else [f"original{i}" for i in range(steps.ntensors)]
-    return tuple(getattr(steps, name) for name in names)
+    return tuple(getattr(steps, name) for name in _original_names(steps))
 
 
 def _take_parametrization(module: nn.Module, name: str) -> Adopted:
     lists = _parametrizations(module)
-    steps = lists.pop(name)
+    steps = lists[name]
+    values = dict(zip(_original_names(steps), _originals(steps), strict=True))
+    inner = {one: _take_parametrization(steps, one) for one in parametrized_names(steps)}
+    for local, one in inner.items():
+        trains = any(original.requires_grad for original in one.originals)
+        values[local] = values[local].detach() if one.is_buffer else nn.Parameter(values[local].detach(), requires_grad=trains)
+    del lists[name]
     if not lists:
         del module._modules["parametrizations"]
-    originals = _originals(steps)
+    originals = tuple(values.values())
     return Adopted(
         owner=module,
         tensor_name=name,
@@ -258,6 +192,7 @@ def _take_parametrization(module: nn.Module, name: str) -> Adopted:
         steps=tuple(steps),
         originals=originals,
         is_buffer=not any(isinstance(original, nn.Parameter) for original in originals),
+        inner=MappingProxyType(inner),
         legacy_names=_under(name, _SCHEME["weight_norm hook"]) if _compat_hooks(module, name) else MappingProxyType({}),
     )
 

@@ -72,7 +72,7 @@ def structural_copy(model: nn.Module, *, adopt: bool = True, copy_tensors: bool 
             taken, reasons = adoption.take_over(new, path)
             adopted += taken
             notes += reasons
-        elif adopt and (names or adoption.has_legacy_hooks(module)):
+        elif adopt and not isinstance(module, ParametrizationList) and (names or adoption.has_legacy_hooks(module)):
             notes.append(f"{path}: keeps its own parametrization, because it is part of another one")
         if adoption.has_generated_class(module) and (kept := adoption.parametrized_names(new)):
             adoption.reparametrize(new, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from operator import attrgetter
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from fxparam.errors import TraceError
 from fxparam.tracer.cutting import Leaf, RecordedBody
 from fxparam.tracer.hazards import error_line, no_autograd_functions, python_random_states
+from fxparam.tracer.looking import looking
 from fxparam.tracer.signature import Structure, flatten, signature_of
 from fxparam.tracer.watch import Watch
 
@@ -53,6 +56,23 @@ def export_program(
     return exported
 
 
+@torch.no_grad()
+def _registered_data_classes(plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Make data classes known to ``torch.export`` that the model takes or returns, as a user would; whether there were any."""
+    with looking(plain):
+        output = plain(*args, **kwargs)
+    found = _data_classes(flatten((args, kwargs, output))[1])
+    new = [cls for cls in found if dataclasses.is_dataclass(cls) and cls not in pytree.SUPPORTED_NODES]
+    for cls in new:
+        torch.export.register_dataclass(cls)
+    return bool(new)
+
+
+def _data_classes(structure: Structure) -> set[type]:
+    inner = [part for part in structure.inner if part is not None]
+    return {part.cls for part in inner if part.cls is not None}.union(*map(_data_classes, inner))
+
+
 _TRIALS = 4
 """How often a model that draws random numbers of Python's is exported again to see whether they matter."""
 
@@ -61,6 +81,8 @@ def _export(plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     try:
         return torch.export.export(plain, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
+        if "Found <class" in str(error) and _registered_data_classes(plain, args, kwargs):
+            return _export(plain, args, kwargs, dynamic_shapes)
         first = (str(error).strip().splitlines() or [""])[0]
         reason = f"torch.export raised {type(error).__name__}: {first}"
         raise TraceError(" at ".join(filter(None, (reason, error_line(error))))) from error

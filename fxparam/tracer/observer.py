@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,11 +96,16 @@ class Observer:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Look at everything that runs inside the block in this thread."""
+        # The garbage collector runs code of others in between.
+        collecting = gc.isenabled()
+        gc.disable()
         sys.setprofile(self._on_event)
         try:
             yield
         finally:
             sys.setprofile(None)
+            if collecting:
+                gc.enable()
         for what, get, then in self._outside:
             if not same(snapshot(get()), then):
                 self.lost = self.lost or f"the forward writes {what}"

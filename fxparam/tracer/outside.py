@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from fxparam.tracer.watch import DERIVED
+
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _DEPTH = 6
 
@@ -127,7 +129,8 @@ def _items(value: Any) -> list[Any] | None:
 
 def contents_of(module: nn.Module) -> list[Any]:
     """The attributes of a module and what they hold, to be compared by identity with ``same``."""
-    plain = {name: value for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE or name == "training"}
+    left_out = (_OF_EVERY_MODULE | DERIVED) - {"training"}
+    plain = {name: value for name, value in module.__dict__.items() if name not in left_out}
     registries = (module._parameters, module._buffers, module._modules)
     return [part for holder in (plain, *registries) for part in (*snapshot(holder), None)]
 

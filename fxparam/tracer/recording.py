@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import _pop_mode, _push_mode
 
 from fxparam.spec.names import first_names, named_tensors
@@ -179,7 +180,7 @@ class Recorder:
         if not _same_context(context, contextvars.copy_context()):
             self._taint(root, "the forward sets a context variable")
         if not before.holds():
-            self._taint(root, f"the forward writes the attribute {before.first_change()!r} of a module")
+            self._taint(root, f"the forward writes {before.first_change()}")
         if self._observer.lost:
             self._taint(root, self._observer.lost)
         if type(self.root).__call__ is not nn.Module.__call__:
@@ -212,7 +213,7 @@ class Recorder:
 
     def _recording(self, root: Call, written: set[str], held_written: set[int]) -> Recording:
         # A closure may hold what the forward itself has made.
-        made = {ref.number for op in self._tape.ops for ref in refs_in(op.output)}
+        made = {ref.number for op in self._tape.ops for ref in {*refs_in(op.output)} - {*refs_in((op.args, op.kwargs))}}
         made |= {self._tape.ref(leaf).number for leaf in root.leaves if isinstance(leaf, Tensor)}
         found = {key: tensor for key, (tensor, _) in self._observer.held.items() if self._tape.numbers.get(key) not in made}
         held = {**self._held, **found}
@@ -366,8 +367,8 @@ def _same_context(one: contextvars.Context, other: contextvars.Context) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """The version of a tensor; -1 for inference tensors, which have none."""
-    return -1 if tensor.is_inference() else tensor._version
+    """The version of a tensor; -1 for those that have none: of inference mode, or not initialised yet."""
+    return -1 if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def _held_by(module: nn.Module) -> Iterator[Tensor]:

@@ -56,7 +56,7 @@ def flatten(value: Any) -> tuple[list[Any], Structure]:
 
 
 def _flatten(value: Any) -> tuple[list[Any], Structure]:
-    leaves, tree = pytree.tree_flatten(value)
+    leaves, tree = pytree.tree_flatten(value, is_leaf=lambda part: isinstance(part, torch.Size))
     found: list[Any] = []
     inner: list[Structure | None] = []
     for leaf in leaves:
@@ -164,7 +164,7 @@ def _tensor_key(tensor: Tensor, first: int, *, shapes: bool) -> object:
 
 
 def _plain_key(value: Any) -> object:
-    if isinstance(value, (*_PLAIN, *_OF_TORCH)):
+    if isinstance(value, (*_PLAIN, *_OF_TORCH, torch.Size)):
         # 1, 1.0 and True are equal, and not the same to a model.
         return (type(value), repr(value) if isinstance(value, float | complex) else value)
     if isinstance(value, _BY_IDENTITY):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -50,6 +51,7 @@ _TRANSPARENT = (
     nn.PReLU,
 )
 _OF_GRAPH_MODULES = frozenset(dir(fx.GraphModule)) - frozenset(dir(nn.Module))
+_PLAIN_CONTAINERS = (dict, list, tuple, torch.Size, immutable_dict, immutable_list)
 _MACHINERY = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch._jit_internal", "fxparam.")
 _FACTORIES = frozenset(
     getattr(torch, name)
@@ -109,7 +111,7 @@ def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
     if used[0]:
         raise TraceError("the forward draws random numbers that are not PyTorch's, or draws them while it is traced")
     if wrote:
-        raise TraceError(f"the forward writes the attribute {wrote!r} of a module")
+        raise TraceError(f"the forward writes {wrote}")
     # Lists of modules are never called, and what is in them decides.
     looked_into: dict[int, nn.Module] = {id(module): module for module in root.modules() if isinstance(module, _CONTAINERS)}
     looked_into |= {id(module): module for module in tracer.looked_into}
@@ -275,7 +277,11 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Tensors that reach a node as they are become reads."""
-        return self._tensor(a).node if type(a) in (Tensor, nn.Parameter) or isinstance(a, Tensor) else super().create_arg(a)
+        if isinstance(a, Tensor):
+            return self._tensor(a).node
+        if isinstance(a, dict | list | tuple) and type(a) not in _PLAIN_CONTAINERS and not hasattr(a, "_fields"):
+            raise Hazard(f"a {type(a).__name__} in a graph would become a plain container")
+        return super().create_arg(a)
 
     def registries(self) -> Iterator[tuple[Any, str]]:
         """Where registered tensors are that modules hold elsewhere too: another one may be put into one of the places."""

@@ -65,7 +65,7 @@ class Ref:
 
 
 def refs_in(value: Any) -> Iterator[Ref]:
-    """The tensors in the result of an operation."""
+    """The tensors among the arguments or in the result of an operation."""
     if isinstance(value, Ref):
         yield value
     elif isinstance(value, tuple | list | dict):

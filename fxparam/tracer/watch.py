@@ -23,6 +23,8 @@ from torch.nn.modules import module as torch_module
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
 # What is kept here on modules of a user's.
 _OURS = frozenset({"_compiled_call_impl", "_fxparam_binding"})
+# What recurrent layers derive from their parameters at each call.
+DERIVED = frozenset({"_flat_weights", "_flat_weight_refs"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EVERYWHERE = tuple(f"_global{name}" for name in _HOOKS)
 _VALUES = (int, float, complex, str, bytes, type(None), type(...), enum.Enum)
@@ -112,10 +114,7 @@ class Watch:
             self._hold(container, key, _DEPTH)
         for function in functions:
             self._hold_function(function, _DEPTH)
-        self._values = list(map(getitem, self._containers, self._keys))
-        # Most of them are the empty hooks of modules: one call looks whether all still are.
-        self._empty, self._sized = [one for one in self._sized if not len(one)], [one for one in self._sized if len(one)]
-        self._sizes = list(map(len, self._sized))
+        self.renew()
 
     def _hold_structure(self, module: nn.Module) -> None:
         state = module.__dict__
@@ -125,7 +124,7 @@ class Watch:
 
     def _hold_attributes(self, module: nn.Module, names: Collection[str] | None) -> None:
         for key in module.__dict__:
-            if key not in _OURS and key not in _OF_EVERY_MODULE and (names is None or key in names):
+            if key not in _OURS | DERIVED and key not in _OF_EVERY_MODULE and (names is None or key in names):
                 self._hold(module.__dict__, key, _DEPTH)
 
     def _hold(self, container: Any, key: Any, depth: int) -> None:
@@ -185,14 +184,23 @@ class Watch:
         return all(now == then for now, then in self._sets)
 
     def first_change(self) -> str:
-        """The name of something that changed, for messages."""
+        """What changed, for messages."""
         for container, key, then in zip(self._containers, self._keys, self._values, strict=True):
             try:
                 if not _equal(container[key], then):
-                    return str(key)
+                    return f"the attribute {str(key)!r} of a module"
             except (KeyError, IndexError, ValueError):
-                return str(key)
-        return "a container, attribute or hook that was added or removed"
+                return f"the attribute {str(key)!r} of a module"
+        return "a container, or adds or removes an attribute or hook"
+
+    def renew(self) -> None:
+        """Take everything as it is now."""
+        self._values = list(map(getitem, self._containers, self._keys))
+        self._sets = [(now, now.copy()) for now, _ in self._sets]
+        # Most of them are the empty hooks of modules: one call looks whether all still are.
+        sized = [*self._empty, *self._sized]
+        self._empty, self._sized = [one for one in sized if not len(one)], [one for one in sized if len(one)]
+        self._sizes = list(map(len, self._sized))
 
 
 class ClassItems:

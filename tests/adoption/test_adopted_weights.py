@@ -12,8 +12,8 @@ from copying.common import fingerprint
 from torch import Tensor, nn
 
 from fxparam.errors import ImageError
-from fxparam.tracer.adoption import MaskStep, SpectralNormStep, WeightNormStep
 from fxparam.tracer.copying import structural_copy
+from fxparam.tracer.legacy_maps import MaskStep, SpectralNormStep, WeightNormStep
 
 
 @pytest.mark.parametrize("copy_tensors", [False, True], ids=["shared", "cloned"])

@@ -239,8 +239,11 @@ def _runs(program: torch.export.ExportedProgram) -> bool:
 
 
 def layer_of(report: Any) -> str:
-    """Whole graph, regions or live."""
-    return {"graph": "whole graph"}.get(report.body, report.body)
+    """Traced as a whole, in parts, or not at all."""
+    first = report.layers[0].layer
+    if first != "live":
+        return {"symbolic": "whole, symbolic", "record": "whole, recorded"}[first]
+    return "parts" if any(layer.layer == "record" for layer in report.layers) else "live"
 
 
 def check_report(both: Pair, inputs: Inputs) -> None:
@@ -249,10 +252,12 @@ def check_report(both: Pair, inputs: Inputs) -> None:
     run(both.model, inputs)
     report = both.model.report
     text = str(report)
-    assert layer_of(report) in ("whole graph", "regions", "live")
+    assert layer_of(report) in ("whole, symbolic", "whole, recorded", "parts", "live")
     if report.body != "graph":
         assert report.why_live
         assert report.why_live in text
+    for layer in report.layers:
+        assert layer.layer != "live" or layer.reason, layer
     assert len(report.sites) == len(both.model.sites)
     for row in report.sites:
         assert row.weights[0] in text

@@ -27,7 +27,7 @@ from zoo.everything import ENTRIES  # noqa: E402
 import fxparam as fxp  # noqa: E402
 
 ROUNDS = 15
-HEAD = "architecture | source | parameters | sites | body | moved | folded | left | forward | step | ONNX"
+HEAD = "architecture | source | parameters | sites | traced | moved | folded | left | forward | step | ONNX"
 
 TEXT = """# Zoo
 
@@ -38,7 +38,8 @@ what PyTorch computes alone: outputs, gradients, one optimizer step, `fold`, `re
 - *sites*: computed weights. Models that carry parametrizations, legacy hooks or pruning, and models that compute weights in
   their forward, get no spec. The others get weight norm, orthogonal, low-rank or LoRA weights on some layers, and are
   compared with the same by `torch.nn.utils.parametrize`.
-- *body*: one graph, graphs of parts (regions), or live Python.
+- *traced*: the model as a whole, by symbolic tracing or by recording a call; in parts (a module around them does what no graph
+  shows); or not at all (live). A recorded graph runs only where there is weight arithmetic to move out of the call.
 - *moved*: operations of the prologue, which run once per optimizer step. *folded*: operations on weights alone that `fold`
   takes out of the exported plain model besides; *left*: how many of them it leaves.
 - *forward*, *step*: time of a forward without gradient, and of a training step, relative to the model as PyTorch computes it.
@@ -58,7 +59,7 @@ class Row:
     Attributes:
         entry: the architecture.
         cells: the columns after name and source.
-        why: why the body is not one graph.
+        why: why it is not traced as a whole.
         refused: why a stage was not possible.
     """
 
@@ -94,7 +95,8 @@ def measured(entry: Entry) -> Row:
         f"{step:.2f}",
         onnx(both, inputs, refused),
     )
-    return Row(entry, cells, report.why_live, tuple(dict.fromkeys(refused)))
+    first = report.layers[0]
+    return Row(entry, cells, first.reason if first.layer == "live" else "", tuple(dict.fromkeys(refused)))
 
 
 def times(both: Pair, inputs: Inputs) -> tuple[float, float]:
@@ -163,7 +165,7 @@ def summary(rows: list[Row]) -> str:
     exports = sum(row.cells[8] == "ok" for row in here)
     medians = [statistics.median(float(row.cells[at]) for row in here) for at in (6, 7)]
     return (
-        f"{len(here)} architectures work; bodies: {kinds}. {left} operations on weights alone are left after `fold`, "
+        f"{len(here)} architectures work; traced: {kinds}. {left} operations on weights alone are left after `fold`, "
         f"{exports} models are written as ONNX. Median ratios: forward {medians[0]:.2f}, step {medians[1]:.2f}."
     )
 
@@ -171,7 +173,7 @@ def summary(rows: list[Row]) -> str:
 def notes(rows: list[Row]) -> Iterator[str]:
     """The reasons, each with the architectures it holds for."""
     for title, reasons in (
-        ("Why a body is not one graph", [(row.why, row.entry.name) for row in rows if row.why]),
+        ("Why a model is not traced as a whole", [(row.why, row.entry.name) for row in rows if row.why]),
         ("What was refused", [(reason, row.entry.name) for row in rows for reason in row.refused]),
     ):
         grouped: dict[str, list[str]] = {}
