@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxparam.api.fold import exported_program, graph_module, known_inputs, plain_model
+from fxparam.api.inputs import Inputs, as_call
 from fxparam.errors import ExportError, TraceError
 from fxparam.graphdiff import GraphDiff
 from fxparam.graphdiff import diff as structural_diff
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 def export_onnx(
     model: nn.Module,
-    args: tuple[Any, ...],
+    args: Inputs,
     path: str | os.PathLike[str],
     *,
     kwargs: Mapping[str, Any] | None = None,
@@ -46,7 +47,7 @@ def export_onnx(
 
     Args:
         model: what ``transform`` returned, or any module. It is not changed and exported in eval mode.
-        args: positional inputs to export and check with.
+        args: inputs to export and check with: a tuple of positional ones, or a mapping of keyword ones.
         path: the file to write.
         kwargs: keyword inputs.
         dynamic_shapes: as for ``torch.export.export``: which sizes of which inputs vary.
@@ -68,6 +69,8 @@ def export_onnx(
     """
     from fxparam.exporters.onnx import export_program as write
 
+    given, named = as_call(args)
+    args, kwargs = given, {**named, **(kwargs or {})}
     plain = plain_model(model)
     return write(
         folded_export(plain, args, kwargs, dynamic_shapes=dynamic_shapes, arithmetic=arithmetic),

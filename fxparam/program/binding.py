@@ -191,7 +191,9 @@ def _own_state(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Nod
     for node in graph.nodes:
         if node.op == "call_module" and "site" not in node.meta and node.target in modules:
             for path, module in modules[str(node.target)].named_modules(prefix=str(node.target)):
-                names = [*module._buffers, *(module._parameters if getattr(module, "max_norm", None) is not None else ())]
+                registries = [module._buffers, *([module._parameters] if getattr(module, "max_norm", None) is not None else [])]
+                # Those of TorchScript's modules can only be asked for their items.
+                names = [name for registry in registries for name, _ in registry.items()]
                 owned |= {f"{path}.{name}": node for name in names}
     # What the map of a weight reads is the map's, although it lives below the module that owns the weight.
     reads = (node for node in graph.nodes if node.op == "get_attr" and "latent" not in node.meta)

@@ -80,9 +80,12 @@ def named_tensors(model: nn.Module, computed: Mapping[tuple[int, str], Tensor] |
 def first_names(model: nn.Module) -> dict[int, str]:
     """The first dotted name of every registered tensor object, by ``id``; tied objects have the same name."""
     return {
-        id(owner._parameters.get(local, owner._buffers.get(local))): row.name
+        id(registry[local]): row.name
         for row in named_tensors(model)
         for owner, local in row.places
+        for registry in (owner._parameters, owner._buffers)
+        # Modules of TorchScript have registries of their own, which are no dictionaries.
+        if local in dict(registry.items())
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping
 from operator import attrgetter
@@ -83,6 +84,11 @@ def _export(plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     except Exception as error:
         if "Found <class" in str(error) and _registered_data_classes(plain, args, kwargs):
             return _export(plain, args, kwargs, dynamic_shapes)
+        if found := re.search(r"Found <class '(.*?)'>", str(error)):
+            raise TraceError(
+                f"the model takes or returns a {found[1]}, which torch.export does not know; give inputs with which it does "
+                "not (use_cache=False), or register the class with PyTorch (torch.export.register_dataclass)"
+            ) from error
         first = (str(error).strip().splitlines() or [""])[0]
         reason = f"torch.export raised {type(error).__name__}: {first}"
         raise TraceError(" at ".join(filter(None, (reason, error_line(error))))) from error

@@ -236,7 +236,7 @@ class _Tracer(fx.Tracer):
         self.watch = Watch(module for module in root.modules() if not _is_torch(module))
         if type(root).__call__ is not nn.Module.__call__:
             raise TraceError(f"{type(root).__name__} has a __call__ of its own")
-        if reason := _hooks(root) or ("forward" in root.__dict__ and "its forward is set on the instance"):
+        if reason := _hooks(root) or _rebuilds(root) or ("forward" in root.__dict__ and "its forward is set on the instance"):
             raise TraceError(f"{type(root).__name__}: {reason}")
         check_names(root)
 
@@ -308,6 +308,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Modules of torch.nn, unless they compute a weight that can be seen."""
+        if isinstance(m, nn.RNNBase) and type(m).forward.__module__ == "torch.nn.modules.rnn":
+            return True
         if not _is_torch(m) or isinstance(m, _CONTAINERS):
             return False
         return not (binding_of(m) is not None and isinstance(m, _TRANSPARENT))
@@ -316,7 +318,7 @@ class _Tracer(fx.Tracer):
         """A call that is looked into, or one node."""
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path) or self._is_arithmetic(m, args, kwargs):
-            if reason := _hooks(m) or ("forward" in m.__dict__ and "its forward is set on the instance"):
+            if reason := _hooks(m) or _rebuilds(m) or ("forward" in m.__dict__ and "its forward is set on the instance"):
                 raise Hazard(f"{path} ({type(m).__name__}): {reason}")
             if not any(m is known for known in self.looked_into):
                 self.looked_into.append(m)
@@ -397,6 +399,10 @@ def _tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
 
 def _is_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) or isinstance(module, torch.jit.ScriptModule)
+
+
+def _rebuilds(module: nn.Module) -> str:
+    return "gathers its weights in a list at each call" if isinstance(module, nn.RNNBase) else ""
 
 
 def _hooks(module: nn.Module) -> str:

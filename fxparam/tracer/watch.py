@@ -118,6 +118,9 @@ class Watch:
 
     def _hold_structure(self, module: nn.Module) -> None:
         state = module.__dict__
+        if isinstance(module, torch.jit.ScriptModule):
+            # Its Python does not change, and its registries are not in it.
+            return
         self._sized += [state[name] for name in _HOOKS]
         self._hold_items(state["_modules"], deep=False)
         self._sized.append(state)

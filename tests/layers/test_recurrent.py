@@ -24,6 +24,7 @@ from layers.common import (
     same,
     step,
     table,
+    tensors,
 )
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
@@ -261,3 +262,20 @@ def test_adopted_weights_of_a_recurrent_layer(trace: str) -> None:
             module(x)[0].sin().sum().backward()
             torch.optim.SGD(module.parameters(), 0.05).step()
         same([p.grad for p in model.parameters()], [p.grad for p in net.parameters()])
+
+
+class Wrapped(nn.GRU):
+    """A recurrent layer of a user's, with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(4, 4), lambda: Wrapped(4, 4), lambda: nn.Sequential(Wrapped(4, 4))])
+def test_a_recurrent_layer_as_the_model_with_an_empty_spec(make: Callable[[], nn.Module], trace: str) -> None:
+    net = make()
+    model = fxp.transform(net, trace=trace)
+    for seed in range(3):
+        x = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(seed))
+        same(tensors(model(x)), tensors(net(x)))
