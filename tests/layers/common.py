@@ -89,28 +89,6 @@ class Case:
     folds: bool = True
 
 
-def table(
-    cases: dict[str, Case], only: Callable[[Case], bool] = lambda case: True, kinds: int = 9, every_trace: bool = False
-) -> Any:
-    """Parametrizes a test over ``case``, as many of its maps, other ones first for each case, and ``trace``.
-
-    Each case has all its maps in the exhaustive runs only, and all traces only there or where ``every_trace`` says so.
-    """
-
-    def exhaustive(number: int, i: int, trace: str) -> list[Any]:
-        first = i == 0 and (every_trace or trace == TRACES[number % len(TRACES)])
-        return [] if first else [pytest.mark.exhaustive]
-
-    rows = [
-        pytest.param(case, kind, trace, id=f"{name}-{kind}-{trace}", marks=exhaustive(number, i, trace))
-        for number, (name, case) in enumerate(cases.items())
-        if only(case)
-        for i, kind in enumerate([case.kinds[(number + i) % len(case.kinds)] for i in range(min(kinds, len(case.kinds)))])
-        for trace in TRACES
-    ]
-    return pytest.mark.parametrize(("case", "kind", "trace"), rows)
-
-
 class _Holder(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -372,3 +350,38 @@ def check_folded(case: Case, kind: str, trace: str) -> None:
     names = {name for name in names if not name.startswith(("hoisted.", "constants."))}
     assert names <= {name for name, _ in oracle.net.named_parameters(remove_duplicate=False)}
     assert not any(p.requires_grad for p in folded.parameters())
+
+
+Check = Callable[[Case, str, str], None]
+CHECKS: dict[str, Check] = {
+    "trains": check_training,
+    "set": check_assigned,
+    "copies": check_copies,
+    "restores": check_restored,
+    "folds": check_folded,
+}
+
+
+def every_check(cases: dict[str, Case], kinds: int) -> Any:
+    """Parametrizes a test over ``check``, ``case``, the map and ``trace``.
+
+    Training is checked on all traces, with a map that is another one for each case; everything else on one trace. The
+    exhaustive runs have as many maps as ``kinds`` says for training, and all traces for everything.
+    """
+
+    def row(check: str, name: str, number: int, i: int, trace: str) -> Any:
+        case = cases[name]
+        kind = case.kinds[(number + i) % len(case.kinds)]
+        first = i == 0 and (check == "trains" or trace == TRACES[number % len(TRACES)])
+        marks = [] if first else [pytest.mark.exhaustive]
+        return pytest.param(CHECKS[check], case, kind, trace, id=f"{check}-{name}-{kind}-{trace}", marks=marks)
+
+    rows = [
+        row(check, name, number, i, trace)
+        for check in CHECKS
+        for number, (name, case) in enumerate(cases.items())
+        if check != "folds" or case.folds
+        for i in range(min(kinds if check == "trains" else 1, len(case.kinds)))
+        for trace in TRACES
+    ]
+    return pytest.mark.parametrize(("check", "case", "kind", "trace"), rows)

@@ -14,16 +14,12 @@ from layers.common import (
     QUIET,
     TRACES,
     Case,
-    check_assigned,
-    check_copies,
-    check_folded,
-    check_restored,
-    check_training,
+    Check,
+    every_check,
     made,
     outputs_of,
     same,
     step,
-    table,
 )
 from torch import Tensor, nn
 
@@ -104,29 +100,9 @@ for _name in ("layer, norms", "layer, biases", "decoder layer, norms", "encoder,
     assert CASES[_name].kinds is FLAT
 
 
-@table(CASES, kinds=1, every_trace=True)
-def test_trains_as_on_weights_computed_by_pytorch(case: Case, kind: str, trace: str) -> None:
-    check_training(case, kind, trace)
-
-
-@table(CASES, kinds=1)
-def test_a_weight_that_was_set_is_used_by_the_next_call(case: Case, kind: str, trace: str) -> None:
-    check_assigned(case, kind, trace)
-
-
-@table(CASES, kinds=1)
-def test_copies_compute_weights_of_their_own(case: Case, kind: str, trace: str) -> None:
-    check_copies(case, kind, trace)
-
-
-@table(CASES, kinds=1)
-def test_restores_the_plain_layer(case: Case, kind: str, trace: str) -> None:
-    check_restored(case, kind, trace)
-
-
-@table(CASES, only=lambda case: case.folds, kinds=1)
-def test_folds(case: Case, kind: str, trace: str) -> None:
-    check_folded(case, kind, trace)
+@every_check(CASES, kinds=1)
+def test_what_every_layer_must_do(check: Check, case: Case, kind: str, trace: str) -> None:
+    check(case, kind, trace)
 
 
 @pytest.fixture
