@@ -122,8 +122,8 @@ def merged(root: nn.Module, compute_dtype: torch.dtype | None = None) -> nn.Modu
         except Obstacle:
             # It runs as it is in the folded model, too.
             continue
-    for module in modules:
-        if id(module) not in plain:
+    for module in modules if plain else ():
+        if id(module) not in plain and not isinstance(module, torch.jit.ScriptModule):
             module._modules.update({name: plain.get(id(child), child) for name, child in module._modules.items()})
     return plain.get(id(root), root)
 

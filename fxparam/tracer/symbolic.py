@@ -107,7 +107,8 @@ def trace_body(root: nn.Module, weights: Mapping[str, Tensor]) -> TracedBody:
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         reason = first if isinstance(error, Hazard) else f"{type(error).__name__}: {first}"
-        raise TraceError(" at ".join(filter(None, (reason, error_line(error))))) from error
+        line = error_line(error)
+        raise TraceError(reason if not line or line in reason else f"{reason} at {line}") from error
     if used[0]:
         raise TraceError("the forward draws random numbers that are not PyTorch's, or draws them while it is traced")
     if wrote:

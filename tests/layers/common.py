@@ -365,14 +365,14 @@ CHECKS: dict[str, Check] = {
 def every_check(cases: dict[str, Case], kinds: int) -> Any:
     """Parametrizes a test over ``check``, ``case``, the map and ``trace``.
 
-    Training is checked on all traces, with a map that is another one for each case; everything else on one trace. The
-    exhaustive runs have as many maps as ``kinds`` says for training, and all traces for everything.
+    Each check runs on one map and one trace, others for each case. The exhaustive runs have all traces, and as many maps for
+    training as ``kinds`` says.
     """
 
     def row(check: str, name: str, number: int, i: int, trace: str) -> Any:
         case = cases[name]
         kind = case.kinds[(number + i) % len(case.kinds)]
-        first = i == 0 and (check == "trains" or trace == TRACES[number % len(TRACES)])
+        first = i == 0 and trace == TRACES[(number + len(check)) % len(TRACES)]
         marks = [] if first else [pytest.mark.exhaustive]
         return pytest.param(CHECKS[check], case, kind, trace, id=f"{check}-{name}-{kind}-{trace}", marks=marks)
 

@@ -173,7 +173,6 @@ TEXT_ENTRIES = (
         ),
         ids(),
         {"*.attn.c_attn.weight": "lora"},
-        light=True,
     ),
     entry(
         "Llama",
