@@ -192,9 +192,8 @@ class _Builder:
                 reads += tuple(self._build_latent(task, module) for task in own)
                 self._add((row,), module, "adopted", one.origin, "as it was", reads)
             elif own or one.inner:
-                raise SpecError(
-                    f"{row.name} is extended by one rule, and its latent computed already or by another; have one of them"
-                )
+                other = "replaced by another" if own else "computed already"
+                raise SpecError(f"{row.name} is extended by one rule, and its latent {other}; give one of them")
         for number, task in enumerate(tasks):
             if task not in inner:
                 self._build(task, number)

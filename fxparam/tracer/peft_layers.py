@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxparam.spec.names import join
 from fxparam.tracer.peft_class import BIAS, WEIGHT, LoraState, install_class
@@ -195,7 +196,7 @@ def _names_by_storage(root: nn.Module) -> dict[int, list[str]]:
     names: dict[int, list[str]] = {}
     if peft_layers() is not None:
         for name, tensor in root.named_parameters(remove_duplicate=False):
-            if tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
+            if not is_lazy(tensor) and tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
                 names.setdefault(tensor.data_ptr(), []).append(name)
     return names
 

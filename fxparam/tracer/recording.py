@@ -166,7 +166,14 @@ class Recorder:
         self._observer = Observer(root, self._entered, self._left, self._hazard, lambda: len(self._tape.ops), self._ran_code)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Recording]:
-        """Call the model; returns what it returns, and the recording."""
+        """Call the model, once; returns what it returns, and the recording."""
+        try:
+            return self._run(args, kwargs)
+        finally:
+            # Tape and observer know this recorder: without the garbage collector all tensors of the call would stay alive.
+            del self._tape, self._observer
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Recording]:
         before = Watch(self.root.modules())
         held = [(key, tensor, version_of(tensor)) for key, tensor in self._held.items()]
         randomness, context = python_random_states(), contextvars.copy_context()

@@ -87,5 +87,5 @@ def test_it_is_folded_restored_copied_and_loaded() -> None:
 
 
 def test_extending_it_is_refused_by_name() -> None:
-    with pytest.raises(SpecError, match=r"0.weight is extended by one rule, and its latent computed already or by another"):
+    with pytest.raises(SpecError, match=r"0.weight is extended by one rule, and its latent computed already; give one"):
         fxp.transform(nested(2, Symmetric()), {"0.weight": fxp.existing() >> fxp.mask(density=0.5)})
