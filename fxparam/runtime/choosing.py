@@ -22,6 +22,7 @@ from fxparam.program.line import HOISTED
 from fxparam.spec.names import PARAMETRIZATIONS, named_tensors
 from fxparam.tracer.cutting import RecordedBody, cut
 from fxparam.tracer.recording import CHOOSING, Call, Recording
+from fxparam.tracer.signature import Signature
 from fxparam.tracer.symbolic import check_names
 
 
@@ -78,6 +79,7 @@ class Chooser:
         self.bodies: list[RecordedBody] = []
         self.whole: RecordedBody | None = None
         self.layers: dict[str, Layer] = {}
+        self._graphs: dict[str, dict[Signature, str]] = {}
         self._tensors = {name: row.tensor for row in named_tensors(root) for name in row.aliases}
 
     def choose(self, recording: Recording) -> None:
@@ -110,10 +112,20 @@ class Chooser:
             return
         if call.path == "":
             self.whole = body
+        if reason := self._differs(body):
+            self.bodies = [known for known in self.bodies if known.path != body.path]
+            self.layers[call.path] = Layer(call.path, name, "live", reason)
+            return
         worth = self.everything or moved
         self.layers[call.path] = Layer(call.path, name, "record", "" if worth else NOTHING_TO_MOVE)
         if worth and not any(body.path == known.path and body.signature == known.signature for known in self.bodies):
             self.bodies.append(body)
+
+    def _differs(self, body: RecordedBody) -> str:
+        """Why a module cannot be a graph that is called several times in one forward; empty if it can."""
+        known = self._graphs.setdefault(body.path, {})
+        same = known.setdefault(body.signature, str(body.graph)) == str(body.graph)
+        return "" if same else "two calls of it that look the same did not do the same"
 
     def _descend(self, recording: Recording, call: Call) -> None:
         for inner in call.calls:
