@@ -25,6 +25,7 @@ from fxparam.tracer.looking import present_values
 from fxparam.tracer.lowering import lowered_in
 from fxparam.tracer.site import SiteModule
 from fxparam.tracer.site_tracing import OpaqueSite, SiteTracer
+from fxparam.tracer.statistics import mark_written, running_statistics
 from fxparam.tracer.symbolic import TracedBody, trace_body
 from fxparam.tracer.watch import Watch
 
@@ -171,6 +172,7 @@ class _Assembly:
         return run(self._start(empty, {}, {}), training_pipeline(self.fragments, self.weights, model=False))
 
     def _start(self, graph: fx.Graph, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> Program:
+        mark_written(graph, running_statistics(self.root))
         registered = {name: row.tensor for row in named_tensors(self.root) for name in row.aliases}
         captured = {name: tensor for fragment in self.fragments.values() for name, tensor in fragment.captured.items()}
         trail = tuple(

@@ -23,6 +23,7 @@ from fxparam.spec.names import PARAMETRIZATIONS, named_tensors
 from fxparam.tracer.cutting import RecordedBody, cut
 from fxparam.tracer.recording import CHOOSING, Call, Recording
 from fxparam.tracer.signature import Signature
+from fxparam.tracer.statistics import mark_written, running_statistics
 from fxparam.tracer.symbolic import check_names
 
 
@@ -79,6 +80,7 @@ class Chooser:
         self.bodies: list[RecordedBody] = []
         self.whole: RecordedBody | None = None
         self.layers: dict[str, Layer] = {}
+        self._statistics = running_statistics(root)
         self._graphs: dict[str, dict[Signature, str]] = {}
         self._tensors = {name: row.tensor for row in named_tensors(root) for name in row.aliases}
 
@@ -142,6 +144,7 @@ class Chooser:
         return any(name.startswith(f"{HOISTED}.") for name in program.values)
 
     def _program(self, body: RecordedBody) -> Program:
+        mark_written(body.graph, self._statistics)
         reads = {str(node.target) for node in body.graph.nodes if node.op == "get_attr"}
         sites = self._behind(reads)
         opaque: dict[str, Any] = {site.home: self.root.get_submodule(site.home) for site in sites}

@@ -179,6 +179,8 @@ class Recorder:
         randomness, context = python_random_states(), contextvars.copy_context()
         registered = [row.tensor for row in named_tensors(self.root)]
         versions = [version_of(tensor) for tensor in registered]
+        # Kernels may write buffers without moving their version.
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self.root.buffers() if not is_lazy(buffer)]
         with self._observer.watching(), weights_read_by(self), self._tape:
             output = self.root(*args, **kwargs)
         root = self._done or self._unseen(args, kwargs)
@@ -198,6 +200,7 @@ class Recorder:
             for tensor, then in zip(registered, versions, strict=True)
             if version_of(tensor) != then and id(tensor) in self._names
         }
+        written |= {self._names[id(one)] for one, then in buffers if id(one) in self._names and not equal(one, then)}
         # What is written through it moves no version.
         written |= {self._names[id(tensor)] for tensor in self._tape.exposed if id(tensor) in self._names}
         rows = [*held, *((key, *row) for key, row in self._observer.held.items())]
@@ -371,6 +374,15 @@ def _top_mode() -> Any:
 
 def _same_context(one: contextvars.Context, other: contextvars.Context) -> bool:
     return list(one) == list(other) and all(one[key] is other[key] for key in one)
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN being equal to itself; those that cannot be compared count as equal."""
+    if one.is_meta or one.layout is not torch.strided or one.is_quantized:
+        return True
+    if one.shape != other.shape:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def version_of(tensor: Tensor) -> int:
