@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fxparam.errors import DeferralError
 from fxparam.program import Site
+from fxparam.program.line import HOISTED
 from fxparam.runtime import steps
 from fxparam.runtime.alarms import Alarms
 from fxparam.runtime.deferral import Block, refuse_sharded
@@ -112,6 +113,8 @@ class Runtime:
         frame = self._frame() if outer is None else self._fitting(outer) if isinstance(outer, Frame) else outer
         if isinstance(frame, InlineFrame):
             return self._read_inline(frame, name)
+        if isinstance(outer, Frame) and not _same_name(name, outer, frame):
+            return self._read_of(outer.entry.plan, name)
         if name not in frame.entry.plan.component_of:
             # Random, and drawn anew at each read.
             return self._compute(name)[name]
@@ -121,8 +124,17 @@ class Runtime:
             renewed = self._frame()
             if isinstance(outer, Frame) and isinstance(renewed, Frame):
                 outer.others[renewed.entry.modes] = renewed
+            if isinstance(outer, Frame) and isinstance(renewed, Frame) and not _same_name(name, outer, renewed):
+                return self._read_of(outer.entry.plan, name)
             value = renewed.read(name) if isinstance(renewed, Frame) else self._read_inline(renewed, name)
         return value if value is not None else self._compute(name)[name]
+
+    def _read_of(self, plan: Plan, name: str) -> Tensor:
+        """A value of a plan that was replaced while a forward runs by it, computed in place."""
+        number, at = plan.component_of[name]
+        part = plan.evaluation.part([number])
+        sources = [registry[local] for registry, local in plan.slots]
+        return part.module(*(sources[one] for one in part.sources))[part.values.index(at)]
 
     def lowered(self, name: str, value: Tensor, reader: CodeType) -> Tensor:
         """The cast of a weight, made once for a forward, if this reader uses it only where autocast would cast it anyway."""
@@ -365,6 +377,12 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a runtime is rebuilt, not copied")
+
+
+def _same_name(name: str, outer: Frame, frame: Frame) -> bool:
+    """Whether a name means in one frame what it means in another: each plan names hoisted values in its own way."""
+    one, other = outer.entry.plan, frame.entry.plan
+    return one is other or not name.startswith(f"{HOISTED}.") or one.yields_the_same(other)
 
 
 def compute_site(root: nn.Module, site: Site, tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fxparam.spec.names import first_names
@@ -13,7 +13,8 @@ from fxparam.spec.names import first_names
 def running_statistics(root: nn.Module) -> frozenset[str]:
     """The names of the statistics that some call of the model may write in the modes its modules are in."""
     norms = [module for module in root.modules() if isinstance(module, _NormBase) and module.training]
-    tensors = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if isinstance(tensor, Tensor)]
+    registries = [norm._buffers for norm in norms]
+    tensors = [one for held in registries for name in ("running_mean", "running_var") if (one := held.get(name)) is not None]
     if not tensors:
         return frozenset()
     names = first_names(root)
