@@ -71,11 +71,29 @@ class Declaration(ABC):
         return Chain((*steps_of(declaration(other)), *steps_of(self)))
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the weights of one site stand in the model.
+
+    Attributes:
+        names: their dotted names, in the order of the weights.
+        owners: for each, the module that holds it (the first of several).
+    """
+
+    names: tuple[str, ...]
+    owners: tuple[nn.Module, ...]
+
+
 class Entry(Declaration):
     """A catalogue entry: a frozen dataclass whose fields are its options, built anew for each weight."""
 
     name: ClassVar[str]
     """The name in ``fxp.<name>`` and in spec files."""
+
+    def placed(self, place: Place) -> Entry:
+        """The entry for one place in a model, where an option left open depends on it (its layer, its name)."""
+        return self
 
     @abstractmethod
     def build(self, weight: Tensor) -> nn.Module:

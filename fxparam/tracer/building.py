@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxparam.catalogue.joint import JointEntry
-from fxparam.declaration import Custom, Declaration, Entry, Existing, Ref, check_resample
+from fxparam.declaration import Custom, Declaration, Entry, Existing, Place, Ref, check_resample
 from fxparam.errors import ImageError, SpecError
 from fxparam.spec.resolve import Task
 from fxparam.tracer.adoption import Adopted
@@ -95,6 +95,8 @@ def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tupl
     if isinstance(first, Ref | Existing):
         rest = task.steps[1:]
     init = _init_of(rest)
+    place = Place(tuple(row.name for row in task.rows), tuple(row.places[0][0] for row in task.rows))
+    rest = tuple(step.placed(place) if isinstance(step, Entry) else step for step in rest)
     steps: list[nn.Module] = []
     start = Start(target)
     for position, step in reversed(list(enumerate(rest))):
