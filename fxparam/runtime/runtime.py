@@ -28,6 +28,7 @@ from fxparam.runtime.evaluation import Compiler
 from fxparam.runtime.modes import autocast_state, in_functorch, under_a_transform
 from fxparam.runtime.plan import Plan
 from fxparam.runtime.planner import Planner
+from fxparam.runtime.rebasing import Rebasing
 from fxparam.runtime.refreshing import Refresher, compare
 from fxparam.runtime.regions import Regions
 from fxparam.runtime.stats import Stats
@@ -70,6 +71,7 @@ class Runtime:
         )
         self.regions = Regions(self, self._planner)
         self._refresher = Refresher(self._planner, self._alarms, self.stats, self.reached, always_look=self._checking)
+        self._rebasing = Rebasing(self._planner.homes)
         # By autocast state: a forward that switches autocast inside reads two of them.
         self._entries: dict[object, Entry] = {}
         # Moves where weights must be computed anew though nothing about the latents tells.
@@ -116,8 +118,9 @@ class Runtime:
         if isinstance(outer, Frame) and not _same_name(name, outer, frame):
             return self._read_of(outer.entry.plan, name)
         if name not in frame.entry.plan.component_of:
-            # Random, and drawn anew at each read.
-            return self._compute(name)[name]
+            # Random, and drawn anew at each read. Another thread may be tracing, with other tensors in place of the latents.
+            with self._lock:
+                return self._compute(name)[name]
         value = frame.read(name)
         if value is None:
             # The weight, or a latent behind it, was written since: in the middle of a forward, perhaps.
@@ -275,9 +278,10 @@ class Runtime:
     def after_step(self, held: frozenset[int], *, unknown: bool) -> None:
         """An optimizer stepped; see ``fxparam.runtime.steps``.
 
-        It may be that latents have been written which it does not hold: unknown tensors may be flat or master copies of ours,
+        Maps that change their base do so now. It may be that latents have been written which it does not hold: unknown tensors may be flat or master copies of ours,
         and a model that no optimizer has trained so far may follow another one (target networks, averages).
         """
+        self._rebasing.after_step(held)
         own = any(not held.isdisjoint(map(id, entry.sources)) for entry in self._entries.values())
         if not self._has_optimizer and held != self._foreign:
             self._has_optimizer, self._foreign = bool(self.known(held)), held
@@ -304,14 +308,25 @@ class Runtime:
             if self._checking:
                 compare(entry)
             return Frame(entry, self._block())
-        if any(not isinstance(registry.get(name), nn.Parameter) for registry, name in self._planner.parameters):
-            # functional_call and replicas put other tensors in place of the parameters for a while.
+        if self._swapped():
             self.stats.inlined += 1
             return InlineFrame()
         # Let go of it now: the old weights should not be there beside the new ones.
         del entry
         with self._lock:
             return Frame(self._renewed(), self._block())
+
+    def _swapped(self) -> bool:
+        """Whether other tensors are in place of the parameters for a while: functional_call and replicas do that."""
+
+        def swapped() -> bool:
+            return any(not isinstance(registry.get(name), nn.Parameter) for registry, name in self._planner.parameters)
+
+        if not swapped():
+            return False
+        # So does a trace of the prologue, in another thread perhaps; it is done under the lock.
+        with self._lock:
+            return swapped()
 
     def _renewed(self) -> Entry:
         """The current entry for the present modes, evaluated now unless another thread has just done so."""

@@ -107,6 +107,7 @@ def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tupl
             module, start = _step(step, start, given, task.joint)
         steps.insert(0, module)
     resample = [_resampling(step, module) for step, module in zip(rest, steps, strict=True)]
+    _check_rebasing(steps[1:] if not isinstance(first, Ref | Existing) else steps)
     is_buffer = all(row.is_buffer for row in task.rows)
     if isinstance(first, Ref):
         site = SiteModule(steps, None, n_weights=len(weights), resample=resample)
@@ -137,6 +138,16 @@ def _resampling(step: Declaration, module: nn.Module) -> str | None:
     if isinstance(own, str):
         check_resample(type(module).__name__, own)
     return None
+
+
+def _check_rebasing(later: Sequence[nn.Module]) -> None:
+    """Only the map that is given the latents can move them into its base."""
+    for module in later:
+        if isinstance(getattr(module, "rebase_every", None), int) and hasattr(module, "rebase"):
+            raise SpecError(
+                f"{_name(module)} changes its base, for which it has to be given the latents; put it first in its chain, or leave "
+                "out rebase_every="
+            )
 
 
 def _init_of(steps: Sequence[Declaration]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -236,3 +237,36 @@ def test_a_forward_in_the_middle_of_a_backward_of_another_thread(trace: str) -> 
 
 def test_a_forward_in_the_middle_of_a_backward_of_another_thread_computes_nothing() -> None:
     assert forward_in_the_middle_of_a_backward("live") == 1
+
+
+class Slow(nn.Module):
+    """A map that takes its time."""
+
+    started = threading.Event()
+
+    def forward(self, latent: Tensor) -> Tensor:
+        type(self).started.set()
+        time.sleep(0.05)
+        return latent @ latent
+
+
+def test_a_forward_beside_a_trace_keeps_its_gradient() -> None:
+    """While a thread traces a map for its autocast state, other tensors stand in place of the latents."""
+    model = fxp.transform(nn.Linear(6, 6), {"weight": Slow()}, trace="live")
+    latent, x = model.latents()["parametrizations.weight.original"], torch.randn(4, 6)
+    want = torch.autograd.grad(F.linear(x, latent @ latent, model.bias).sum(), [latent])[0]
+    model(x)
+    Slow.started.clear()
+
+    def low() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x)
+
+    def full() -> list[Tensor]:
+        assert Slow.started.wait(10)
+        return [torch.autograd.grad(model(x).sum(), [latent])[0] for _ in range(20)]
+
+    _, found = at_once(low, full)
+    assert model.stats.inlined == 0
+    for gradient in found:
+        same(gradient, want, 1e-5)
