@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxparam.errors import DeferralError
+from fxparam.errors import DeferralError, ImageError
 from fxparam.program import Site
 from fxparam.program.line import HOISTED
 from fxparam.runtime import steps
@@ -215,7 +215,10 @@ class Runtime:
             if value.shape != target.shape:
                 raise ValueError(f"got a tensor of shape {tuple(value.shape)} for {name}, expected {tuple(target.shape)}")
             new = (*values[:position], value.to(target), *values[position + 1 :])
-            module.set_latents(module.right_inverse(new if len(new) > 1 else new[0], project=project))
+            try:
+                module.set_latents(module.right_inverse(new if len(new) > 1 else new[0], project=project))
+            except ImageError as error:
+                raise ImageError(f"{name}: {error}") from error
         self.drop_entries()
 
     def steady_values(self, site: Site) -> tuple[Tensor, ...]:

@@ -91,7 +91,10 @@ class WeightAccess:
             module: Any = self._fxp_live.get_submodule(site.home)
             with torch.no_grad():
                 values = self._fxp_runtime.steady_values(site)
-                module.set_latents(module.right_inverse(values if len(values) > 1 else values[0]))
+                try:
+                    module.set_latents(module.right_inverse(values if len(values) > 1 else values[0]))
+                except ImageError as error:
+                    raise ImageError(f"{', '.join(site.names)}: {error}") from error
         self.invalidate()
 
     def invalidate(self, *, traces: bool = False) -> None:
