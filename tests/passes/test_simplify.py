@@ -93,3 +93,64 @@ def test_dead_code_goes_and_effects_stay() -> None:
     after = run(Program(*graph_of(build)), (Simplify(),))
     assert operations(after.graph) == ["rand", "mul", "add_", "_assert"]
     assert str(after.trail[-1]) == "simplify: merged 0 common subexpressions, dropped 2 dead nodes"
+
+
+def _products(node: fx.Node, *factors: fx.Node) -> fx.Node:
+    for factor in factors:
+        node = node.graph.call_function(torch.mul, (node, factor))
+    return node
+
+
+def masked(**tensors: Tensor) -> tuple[Program, Program]:
+    """``p`` times each of the tensors, before and after."""
+    graph = fx.Graph()
+    factors = [graph.get_attr(name) for name in tensors]
+    graph.output(_products(graph.get_attr("p"), *factors))
+    program = Program(graph, {"p": torch.randn(4, dtype=torch.float64, requires_grad=True), **tensors})
+    return program, run(program, (Simplify(),))
+
+
+def value_and_gradient(program: Program) -> tuple[Tensor, Tensor]:
+    module = fx.GraphModule({**program.tensors}, program.graph)
+    value = module()
+    return value.detach(), torch.autograd.grad(value.sum(), program.tensors["p"])[0]
+
+
+def test_masks_of_masks() -> None:
+    masks = [torch.tensor(bits, dtype=torch.float64) for bits in ([1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 1, 1])]
+    before, after = masked(a=masks[0], b=masks[1], c=masks[2])
+    products = [node for node in after.graph.nodes if node.target is torch.mul]
+    assert [node.all_input_nodes[0].target == "p" for node in products] == [False, False, True]
+    for got, want in zip(value_and_gradient(after), value_and_gradient(before), strict=True):
+        assert torch.equal(got, want)
+    assert "merged 2 masks of masks" in after.trail[-1].did
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.full((4,), 0.5, dtype=torch.float64),
+        torch.tensor([1, 0, 1, 1]),
+        torch.ones(4, dtype=torch.float64, requires_grad=True),
+    ],
+    ids=["fractions", "integers", "trained"],
+)
+def test_other_products_stay_in_their_order(other: Tensor) -> None:
+    before, after = masked(a=torch.tensor([1.0, 0, 0, 1], dtype=torch.float64), b=other)
+    assert after.graph is before.graph
+
+
+def test_double_transposes() -> None:
+    graph = fx.Graph()
+    p = graph.get_attr("p")
+    once = graph.call_function(torch.transpose, (p, 0, 1))
+    twice = graph.call_function(torch.transpose, (once, 0, 1))
+    other = graph.call_function(torch.transpose, (once, 1, 2))
+    graph.output((graph.call_function(torch.exp, (twice,)), graph.call_function(torch.exp, (other,))))
+    program = Program(graph, {"p": torch.randn(2, 3, 4)})
+    after = run(program, (Simplify(),))
+    assert [node.target for node in after.graph.nodes if node.op == "call_function"].count(torch.transpose) == 2
+    assert "cancelled 1 double transposes" in after.trail[-1].did
+    modules = (fx.GraphModule({**one.tensors}, one.graph) for one in (program, after))
+    for got, want in zip(*(module() for module in modules), strict=True):
+        assert torch.equal(got, want)
