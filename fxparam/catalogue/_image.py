@@ -51,6 +51,12 @@ def check_floating(name: str, weight: Tensor) -> None:
         raise SpecError(f"{name}: got a weight of dtype {weight.dtype}; expected a floating-point dtype such as torch.float32")
 
 
+def check_inexact(name: str, weight: Tensor) -> None:
+    """Refuse integers and booleans."""
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise SpecError(f"{name}: got a weight of dtype {weight.dtype}; expected a floating-point or complex dtype")
+
+
 def check_matrix(name: str, weight: Tensor, *, square: bool = False) -> None:
     """Refuse what is no matrix, batch of matrices or, where asked, square matrix."""
     if weight.ndim < 2:
@@ -199,7 +205,7 @@ class Unconstrained(Constrained):
 
     def distance(self, weight: Tensor) -> Tensor:
         """Zero."""
-        return weight.new_zeros(())
+        return weight.real.new_zeros(())
 
     @torch.no_grad()
     def project(self, weight: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class Positive(Entry):
     """Elements above zero: ``softplus(X)``, ``exp(X)`` or ``X²``.
 
     Args:
-        map: ``"softplus"``, ``"exp"`` or ``"square"``. Only ``"square"`` reaches zero; its latents start positive.
+        map: ``"softplus"``, ``"exp"`` or ``"square"``. Only ``"square"`` reaches zero; its latents start positive. Where
+            the square or the exponential overflows, so does the weight.
 
     Raises:
         SpecError: another map; at build, a dtype that is not floating-point.

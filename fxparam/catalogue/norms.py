@@ -1,4 +1,4 @@
-"""Maps that fix or separate a norm: weight norm, spectral norm, unit norm."""
+"""Maps that separate or fix the norms of slices: weight norm and unit norm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fxparam.catalogue._image import (
     Constrained,
@@ -16,17 +15,16 @@ from fxparam.catalogue._image import (
     check_dim,
     check_filled,
     check_floating,
+    check_inexact,
     check_integer,
     check_number,
-    computing_dtype,
     rounding,
     shape_text,
+    stored,
     widened,
 )
 from fxparam.declaration import Entry
 from fxparam.errors import ImageError, SpecError
-
-_INITIAL_ITERATIONS = 15  # as torch.nn.utils.parametrizations.spectral_norm
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,7 +32,9 @@ class WeightNorm(Entry):
     """``W = g · V / ‖V‖`` with one norm for each index of ``dim`` (Salimans and Kingma 2016, eq. 2).
 
     Latents, numbers and state-dict names are those of ``torch.nn.utils.parametrizations.weight_norm``: ``original0`` is
-    ``g`` and ``original1`` is ``V``.
+    ``g`` and ``original1`` is ``V``. It is torch's fused kernel, several times as fast as the same in plain operations,
+    with its limits: a norm of ``V`` that is zero, or so small that its square underflows, gives 0/0; and where ``dim`` is
+    the first or the last dimension, second derivatives by ``V`` take the norm for a constant (PyTorch 2.13).
 
     Args:
         dim: the dimension that keeps a norm for each index; ``None`` or ``-1``: one norm for the whole weight.
@@ -91,16 +91,89 @@ class WeightNormMap(Unconstrained):
         return f"dim={self.dim}"
 
 
+def directed(x: Tensor, p: float = 2.0, dim: int | None = None) -> Tensor:
+    """Slices over their norm, ``x / ‖x‖_p`` along ``dim`` (of all elements: None), finite with finite gradient everywhere.
+
+    Each slice is divided by its largest absolute value first, so that no power overflows or underflows; the quotient
+    does not depend on the scale, so neither value nor gradient changes. A slice whose elements all vanish (below the
+    smallest normal number over epsilon, where ``1 / ‖x‖`` may overflow) has no direction of its own; ones are added to
+    it, which gives it the direction of all ones and a gradient by which it can leave.
+    """
+    limits = torch.finfo(x.dtype)
+    size = x.detach().abs()
+    largest = size.amax() if dim is None else size.amax(dim, keepdim=True)
+    vanishing = largest < limits.tiny / limits.eps
+    scaled = torch.where(vanishing, x + 1, x) / torch.where(vanishing, 1, largest)
+    return scaled / torch.linalg.vector_norm(scaled, p, dim, keepdim=dim is not None)
+
+
+class Normalized(Constrained):
+    """``W = radius · X / ‖X‖_p`` along ``dim``, or of all elements where that is None: the base of unit norms and spheres.
+
+    A slice of zeros (or of numbers that vanish, see ``directed``) counts as one of ones.
+    """
+
+    def __init__(self, weight: Tensor, radius: float, p: float, dim: int | None) -> None:
+        super().__init__(weight)
+        self.radius, self.p, self.dim = radius, p, dim
+
+    def forward(self, latent: Tensor) -> Tensor:  # type: ignore[override]
+        """The weight's shape."""
+        unit = directed(widened(latent), self.p, self.dim)
+        return stored(unit if self.radius == 1 else unit * self.radius, latent.dtype)
+
+    def distance(self, weight: Tensor) -> Tensor:
+        """How far the norm of the worst slice is from the radius, relative to it."""
+        wide = widened(weight) / self.radius
+        return (torch.linalg.vector_norm(wide, self.p, self.dim) - 1).abs().amax()
+
+    def tolerance(self, weight: Tensor) -> float:
+        """The rounding of a norm."""
+        return rounding(weight.dtype, weight.numel() if self.dim is None else weight.shape[self.dim])
+
+    def invert(self, weight: Tensor) -> Tensor:
+        """The weight itself."""
+        return weight.clone()
+
+    @torch.no_grad()
+    def project(self, weight: Tensor) -> Tensor:
+        """Each slice scaled to the radius: the nearest for ``p = 2``; unchanged if in the image.
+
+        Raises:
+            ImageError: a slice is zero and has no direction.
+        """
+        self.require_finite(weight)
+        if self.contains(weight):
+            return weight.clone()
+        live = weight.any() if self.dim is None else weight.any(self.dim)
+        zeros = int((~live).sum())
+        if zeros:
+            raise ImageError(
+                f"{type(self).__name__}: {zeros} of {live.numel()} slices of the weight are zero and have no direction to "
+                "scale; give them a value first, or start from sample()"
+            )
+        return self.forward(weight)
+
+    @torch.no_grad()
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """Slices of standard normal elements, scaled to the radius: uniform on the sphere for ``p = 2``."""
+        drawn = self.normal(*self.shape, generator=generator)
+        return self.forward(drawn).to(self._like.dtype)
+
+
 @dataclass(frozen=True, repr=False)
 class UnitNorm(Entry):
-    """``W = X / ‖X‖_p`` along one dimension: rows (or columns, ...) of norm 1.
+    """``W = X / ‖X‖_p`` along one dimension: rows (or columns, ...) of norm 1. Of complex weights, the absolute values.
+
+    A slice of zeros has no direction and counts as one of ones.
 
     Args:
         dim: the dimension over which the norm is taken.
         p: the norm, at least 1; ``inf`` for the largest absolute value.
 
     Raises:
-        SpecError: an option out of range; at build, the weight has no such dimension or is not floating-point.
+        SpecError: an option out of range; at build, the weight has no such dimension or is neither floating-point nor
+            complex.
     """
 
     name: ClassVar[str] = "unit_norm"
@@ -116,216 +189,20 @@ class UnitNorm(Entry):
 
     def build(self, weight: Tensor) -> UnitNormMap:
         """The map for a weight of at least one dimension."""
-        check_floating(self.name, weight)
+        check_inexact(self.name, weight)
         check_filled(self.name, weight)
         check_dim(self.name, weight, self.dim)
         return UnitNormMap(weight, self.dim, float(self.p))
 
 
-class UnitNormMap(Constrained):
-    """``‖W‖_p = 1`` along ``dim``. Latents of norm zero give NaN."""
+class UnitNormMap(Normalized):
+    """``‖W‖_p = 1`` along ``dim``."""
 
     constraint = "norm 1 of every slice"
 
     def __init__(self, weight: Tensor, dim: int, p: float) -> None:
-        super().__init__(weight)
-        self.dim, self.p = dim, p
-
-    def forward(self, latent: Tensor) -> Tensor:  # type: ignore[override]
-        """The weight's shape."""
-        return latent / torch.linalg.vector_norm(latent, self.p, self.dim, keepdim=True)
-
-    def distance(self, weight: Tensor) -> Tensor:
-        """How far the norm of the worst slice is from 1."""
-        return (self._norms(weight) - 1).abs().amax()
-
-    def tolerance(self, weight: Tensor) -> float:
-        """The rounding of a norm."""
-        return rounding(weight.dtype, weight.shape[self.dim])
-
-    def invert(self, weight: Tensor) -> Tensor:
-        """The weight itself."""
-        return weight.clone()
-
-    @torch.no_grad()
-    def project(self, weight: Tensor) -> Tensor:
-        """Each slice over its norm: the nearest for ``p = 2``; unchanged if in the image.
-
-        Raises:
-            ImageError: a slice is zero and has no direction.
-        """
-        self.require_finite(weight)
-        if self.contains(weight):
-            return weight.clone()
-        norms = self._norms(weight)
-        zeros = int((norms == 0).sum())
-        if zeros:
-            raise ImageError(
-                f"UnitNormMap: {zeros} of {norms.numel()} slices of the weight are zero and have no direction to "
-                "scale; give them a value first, or start from sample()"
-            )
-        return (widened(weight) / norms).to(weight.dtype)
-
-    @torch.no_grad()
-    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
-        """Slices of standard normal elements over their norm: uniform on the sphere for ``p = 2``."""
-        drawn = self.normal(*self.shape, generator=generator)
-        return (drawn / self._norms(drawn)).to(self._like.dtype)
-
-    def _norms(self, weight: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(widened(weight), self.p, self.dim, keepdim=True)
+        super().__init__(weight, 1.0, p, dim)
 
     def extra_repr(self) -> str:
         """The options."""
         return f"dim={self.dim}, p={self.p}"
-
-
-@dataclass(frozen=True, repr=False)
-class SpectralNorm(Entry):
-    """``W = X / σ`` with ``σ = uᵀ X v`` by power iteration (Miyato et al. 2018, algorithm 1).
-
-    Latent, buffers, numbers and random draws are those of ``torch.nn.utils.parametrizations.spectral_norm``, up to its
-    default of ``dim``, which there depends on the layer (1 for transposed convolutions).
-
-    Args:
-        n_power_iterations: iterations for each evaluation in training mode; none in eval mode.
-        eps: the least norm that ``u`` and ``v`` are divided by.
-        dim: the dimension that becomes the rows of the matrix; the others become its columns.
-
-    Raises:
-        SpecError: an option out of range; at build, the weight has no such dimension or is not floating-point.
-    """
-
-    name: ClassVar[str] = "spectral_norm"
-    n_power_iterations: int = 1
-    eps: float = 1e-12
-    dim: int = 0
-
-    def __post_init__(self) -> None:
-        check_integer(self.name, "n_power_iterations", self.n_power_iterations, least=1)
-        check_number(self.name, "eps", self.eps)
-        if self.eps < 0:
-            raise SpecError(f"spectral_norm: got eps={self.eps!r}; expected a number of at least 0")
-        check_integer(self.name, "dim", self.dim)
-
-    def build(self, weight: Tensor) -> SpectralNormMap:
-        """The map for ``weight``, by whose values 15 iterations find the first ``u`` and ``v`` from a random start."""
-        check_floating(self.name, weight)
-        check_filled(self.name, weight)
-        dim = check_dim(self.name, weight, self.dim)
-        return SpectralNormMap(weight, self.n_power_iterations, float(self.eps), dim)
-
-
-class SpectralNormMap(Constrained):
-    """``σ(W) = 1``: as the vectors ``u``, ``v`` of the moment measure it, or exactly.
-
-    ``contains`` takes both: ``uᵀ W v = 1``, which holds for all that ``forward`` returns, and a largest singular value
-    of 1. The right inverse of a weight of the second kind sets ``u`` and ``v`` to its singular vectors. Of a vector,
-    the norm.
-    """
-
-    constraint = "a largest singular value of 1"
-    _u: Tensor
-    _v: Tensor
-
-    def __init__(self, weight: Tensor, n_power_iterations: int, eps: float, dim: int) -> None:
-        super().__init__(weight)
-        self.n_power_iterations, self.eps, self.dim = n_power_iterations, eps, dim
-        if weight.ndim > 1:
-            matrix = self._matrix(weight.detach())
-            # The order of the draws is torch's, so that equal seeds give equal vectors.
-            u, v = (matrix.new_empty(size).normal_() for size in matrix.shape)
-            self.register_buffer("_u", F.normalize(u, dim=0, eps=eps))
-            self.register_buffer("_v", F.normalize(v, dim=0, eps=eps))
-            self._iterate(matrix, _INITIAL_ITERATIONS)
-
-    def forward(self, latent: Tensor) -> Tensor:  # type: ignore[override]
-        """The weight's shape; in training mode ``u`` and ``v`` advance first."""
-        if latent.ndim == 1:
-            return F.normalize(latent, dim=0, eps=self.eps)
-        matrix = self._matrix(latent)
-        if self.training:
-            self._iterate(matrix, self.n_power_iterations)
-        # Backward through this forward must find the vectors of this forward, also when a later one has moved on.
-        u, v = self._u.clone(), self._v.clone()
-        return latent / torch.vdot(u, torch.mv(matrix, v))
-
-    @torch.no_grad()
-    def _iterate(self, matrix: Tensor, n: int) -> None:
-        for _ in range(n):
-            F.normalize(torch.mv(matrix, self._v), dim=0, eps=self.eps, out=self._u)
-            F.normalize(torch.mv(matrix.mT, self._u), dim=0, eps=self.eps, out=self._v)
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        if self.dim != 0:
-            weight = weight.permute(self.dim, *(d for d in range(weight.ndim) if d != self.dim))
-        return weight.flatten(1)
-
-    def distance(self, weight: Tensor) -> Tensor:
-        """How far the measured or the largest singular value is from 1, whichever is nearer."""
-        exact = (self._norm(weight) - 1).abs()
-        return exact if weight.ndim == 1 else torch.minimum(self._misjudged(weight), exact)
-
-    def tolerance(self, weight: Tensor) -> float:
-        """The rounding of the products."""
-        return rounding(weight.dtype, math.isqrt(weight.numel()))
-
-    def invert(self, weight: Tensor) -> Tensor:
-        """The weight itself; its singular vectors become ``u`` and ``v`` where these do not measure 1 already."""
-        if weight.ndim > 1 and not self._misjudged(weight) <= self.tolerance(weight):
-            u, _, vh = torch.linalg.svd(widened(self._matrix(weight)), full_matrices=False)
-            self._u.copy_(u[:, 0])
-            self._v.copy_(vh[0])
-        return weight.clone()
-
-    @torch.no_grad()
-    def start(self, weight: Tensor) -> Tensor:
-        """The weight itself, as torch does: ``forward`` divides by ``σ``.
-
-        Raises:
-            ImageError: ``weight`` has another shape, is not finite, or is zero.
-        """
-        self.require_finite(weight)
-        self._require_nonzero(weight)
-        return weight.clone()
-
-    @torch.no_grad()
-    def project(self, weight: Tensor) -> Tensor:
-        """The weight over its largest singular value (found exactly); unchanged if in the image.
-
-        Raises:
-            ImageError: the weight is zero.
-        """
-        self.require_finite(weight)
-        if self.contains(weight):
-            return weight.clone()
-        self._require_nonzero(weight)
-        return (widened(weight) / self._norm(weight)).to(weight.dtype)
-
-    @torch.no_grad()
-    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
-        """A matrix of standard normal elements over its largest singular value."""
-        drawn = self.normal(*self.shape, generator=generator)
-        return (drawn / self._norm(drawn)).to(self._like.dtype)
-
-    def _require_nonzero(self, weight: Tensor) -> None:
-        if not weight.any():
-            raise ImageError(
-                f"SpectralNormMap: the weight of shape {shape_text(weight)} is zero and cannot be scaled to norm 1; "
-                "give it a value first, or start from sample()"
-            )
-
-    def _norm(self, weight: Tensor) -> Tensor:
-        wide = widened(weight)
-        return torch.linalg.vector_norm(wide) if wide.ndim == 1 else torch.linalg.matrix_norm(self._matrix(wide), 2)
-
-    def _misjudged(self, weight: Tensor) -> Tensor:
-        """``|uᵀ W v - 1|``, relative to the weight where ``u`` and ``v`` fit so badly that the sum cancels."""
-        wide = computing_dtype(weight.dtype)
-        matrix = self._matrix(weight.to(wide))
-        measured = torch.vdot(self._u.to(wide), torch.mv(matrix, self._v.to(wide)))
-        return (measured - 1).abs() / torch.linalg.vector_norm(matrix).clamp(min=1)
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return f"n_power_iterations={self.n_power_iterations}, eps={self.eps}, dim={self.dim}"

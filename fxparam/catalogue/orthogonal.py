@@ -1,58 +1,85 @@
 """Matrices with orthonormal columns or rows, ``(..., m, n)``.
 
-A latent ``X``, made tall, gives the skew-Hermitian ``A = tril X - (tril X)ᴴ`` (padded with zeros to a square) and by it
-an orthogonal ``Q``, of which the first columns are taken:
-
-- ``matrix_exp``: ``Q = exp(A)`` (Lezcano-Casado and Martínez-Rubio 2019);
-- ``cayley``: ``Q = (I - A/2)⁻¹ (I + A/2)`` (Helfrich, Willmott and Ye 2018);
-- ``householder``: instead the product of the reflections along the columns of ``tril(X, -1) + I``, each column times
-  the sign on the diagonal of ``X`` (Mhammedi et al. 2017).
-
-A *trivialization* is ``W = base · Q`` with a fixed orthogonal ``base``, so that training starts at ``Q = I``
-(Lezcano-Casado 2019).
+A latent ``X``, made tall, gives orthonormal columns ``Q`` by one of the maps of ``_orthogonal_maps``. Those that move a start
+by a rotation (``matrix_exp``, ``cayley``, ``householder``) may be multiplied with a fixed orthogonal ``base``: the
+*trivialization* ``W = base · Q``, so that training starts at ``Q = I`` (Lezcano-Casado 2019). Those that bring a matrix to
+the set (``qr``, ``polar``, ``newton_schulz``) have no use for one: what is orthonormal is its own latent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fxparam.catalogue._image import Constrained, check_choice, check_flag, check_matrix, rounding, stored, widened
+from fxparam.catalogue._image import (
+    Constrained,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_matrix,
+    rounding,
+    stored,
+    widened,
+)
+from fxparam.catalogue._orthogonal_maps import (
+    completed,
+    inverse_reflections,
+    newton_schulz,
+    orthonormalized,
+    polar_factor,
+    qr_factor,
+    real_dtype,
+    reflections,
+    rotation,
+)
 from fxparam.catalogue._rotations import inverse_cayley, inverse_exp
 from fxparam.declaration import Entry
 from fxparam.errors import SpecError
 
-_MAPS = ("matrix_exp", "cayley", "householder")
+MOVES = ("matrix_exp", "cayley", "householder")
+"""Maps that move a start."""
+RETRACTIONS = ("qr", "polar", "newton_schulz")
+"""Maps that bring a matrix to the set, each orthonormal one to itself."""
+ITERATIONS = 25
 
 
 @dataclass(frozen=True, repr=False)
 class Orthogonal(Entry):
     """``Wᵀ W = I`` for tall and square weights, ``W Wᵀ = I`` for wide ones; unitary for complex ones.
 
-    Latent, buffer and numbers are those of ``torch.nn.utils.parametrizations.orthogonal``.
+    With the first three maps, latent, buffer and numbers are those of ``torch.nn.utils.parametrizations.orthogonal``.
+
+    ``matrix_exp`` and ``cayley`` are as accurate as the kernels of PyTorch: rounding grows with the norm of the latent, and
+    of a latent near the largest number nothing orthogonal is left. ``model.retract()`` brings latents back to zero where
+    there is a trivialization; the other maps need no such care.
 
     Args:
-        map: ``"matrix_exp"``, ``"cayley"`` or ``"householder"``; by default the first for square or complex weights and
-            the last for others.
+        map: ``"matrix_exp"``, ``"cayley"``, ``"householder"``, ``"qr"``, ``"polar"`` or ``"newton_schulz"``; by default the
+            first for square or complex weights and ``"householder"`` for others. ``newton_schulz`` needs matrix products
+            only, but leaves a latent without full rank where it is: outside the set.
         use_trivialization: whether to multiply with the buffer ``base``, which holds the start. Without, square weights
-            of ``matrix_exp`` and ``cayley`` have determinant 1.
+            of ``matrix_exp`` and ``cayley`` have determinant 1. ``qr``, ``polar`` and ``newton_schulz`` never do.
+        iterations: the steps of ``newton_schulz``, by default 25: orthonormal up to rounding in double precision where the
+            largest singular value of the latent is at most 1000 times the smallest; each factor of 10 takes 6 steps more.
 
     Raises:
-        SpecError: another map; at build, the weight is no matrix or batch of matrices, is neither floating-point nor
-            complex, or is complex with ``householder``.
+        SpecError: another map, ``iterations`` below 1 or for another map; at build, the weight is no matrix or batch of
+            matrices, is neither floating-point nor complex, or is complex with ``householder``.
     """
 
     name: ClassVar[str] = "orthogonal"
     map: str | None = None
     use_trivialization: bool = True
+    iterations: int | None = None
 
     def __post_init__(self) -> None:
         if self.map is not None:
-            check_choice(self.name, "map", self.map, _MAPS)
+            check_choice(self.name, "map", self.map, (*MOVES, *RETRACTIONS))
         check_flag(self.name, "use_trivialization", self.use_trivialization)
+        check_iterations(self.name, self.map, self.iterations)
 
     def build(self, weight: Tensor) -> OrthogonalMap:
         """The map for ``(..., m, n)``."""
@@ -63,7 +90,20 @@ class Orthogonal(Entry):
         chosen = self.map or ("matrix_exp" if square or weight.is_complex() else "householder")
         if weight.is_complex() and chosen == "householder":
             raise SpecError('orthogonal: got map="householder" for a complex weight; expected "matrix_exp" or "cayley"')
-        return OrthogonalMap(weight, chosen, use_trivialization=self.use_trivialization)
+        return OrthogonalMap(weight, chosen, use_trivialization=self.use_trivialization, iterations=self.iterations)
+
+
+def check_iterations(name: str, map: str | None, iterations: Any) -> None:
+    """Refuse a number of iterations that is none, or is given to a map that does not iterate.
+
+    Raises:
+        SpecError: as above.
+    """
+    if iterations is None:
+        return
+    check_integer(name, "iterations", iterations, least=1)
+    if map != "newton_schulz":
+        raise SpecError(f'{name}: got iterations={iterations} with map={map!r}; only map="newton_schulz" iterates')
 
 
 class OrthogonalMap(Constrained):
@@ -75,26 +115,36 @@ class OrthogonalMap(Constrained):
 
     constraint = "orthonormality (the largest |element| of WᴴW - I)"
     base: Tensor | None
+    _origin: ClassVar[float] = -1.0
+    """The diagonal of a latent that stands for the base: torch's signs of the householder map; the others do not read it."""
 
-    def __init__(self, weight: Tensor, map: str, *, use_trivialization: bool) -> None:
+    def __init__(self, weight: Tensor, map: str, *, use_trivialization: bool = True, iterations: int | None = None) -> None:
         super().__init__(weight)
         self.map = map
+        self.iterations = iterations or ITERATIONS
         n = max(weight.shape[-2:])
         base = torch.eye(n, dtype=weight.dtype, device=weight.device).expand(*weight.shape[:-2], n, n).clone()
-        self.register_buffer("base", base if use_trivialization else None)
+        self.register_buffer("base", base if use_trivialization and map in MOVES else None)
 
     def forward(self, latent: Tensor) -> Tensor:  # type: ignore[override]
         """``(..., m, n)`` to the same."""
         wide = latent.shape[-2] < latent.shape[-1]
-        x = widened(latent.mT if wide else latent)
-        q = _reflections(x) if self.map == "householder" else _rotation(x, self.map)
+        q = self._columns(widened(latent.mT if wide else latent))
         if self.base is not None:
             q = widened(self.base) @ q
         return stored(q.mT if wide else q, latent.dtype)
 
+    def _columns(self, x: Tensor) -> Tensor:
+        """Orthonormal columns from the tall ``x``."""
+        if self.map in ("matrix_exp", "cayley"):
+            return rotation(x, self.map)
+        if self.map == "newton_schulz":
+            return newton_schulz(x, self.iterations)
+        return {"householder": reflections, "qr": qr_factor, "polar": polar_factor}[self.map](x)
+
     def distance(self, weight: Tensor) -> Tensor:
         """The largest element of ``|WᴴW - I|`` (2 for a reflection where only rotations are reached)."""
-        q = widened(_tall(weight))
+        q = widened(tall(weight))
         identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
         gap = (q.mH @ q - identity).abs().amax()
         if self._rotations_only() and bool((torch.linalg.det(q) < 0).any()):
@@ -103,18 +153,19 @@ class OrthogonalMap(Constrained):
 
     def tolerance(self, weight: Tensor) -> float:
         """The rounding of products of ``max(m, n)`` terms."""
-        return rounding(_real(weight.dtype), max(weight.shape[-2:]))
+        return rounding(real_dtype(weight.dtype), max(weight.shape[-2:]))
 
     def invert(self, weight: Tensor) -> Tensor:
-        """The inverse of the map; of a trivialization, -1 on the diagonal, and ``base`` becomes ``weight``."""
-        q = _tall(weight)
+        """The inverse of the map; of a trivialization, zero (-1 on the diagonal, as torch), and ``base`` becomes ``weight``."""
+        if self.map in RETRACTIONS:
+            return weight.clone(memory_format=torch.contiguous_format)
+        q = tall(weight)
         if self.base is not None:
-            self.base.copy_(_completed(q))
+            self.base.copy_(completed(q))
             latent = torch.zeros_like(q)
-            # The signs of the householder map; the others do not read the diagonal.
-            latent.diagonal(dim1=-2, dim2=-1).fill_(-1)
+            latent.diagonal(dim1=-2, dim2=-1).fill_(self._origin)
         elif self.map == "householder":
-            latent = _inverse_reflections(widened(q))
+            latent = inverse_reflections(widened(q))
         else:
             latent = self._inverse_rotation(q, weight)
         latent = latent.to(weight.dtype)
@@ -133,7 +184,7 @@ class OrthogonalMap(Constrained):
         diagonal = skew.diagonal(dim1=-2, dim2=-1)
         latent = skew.tril(-1)
         latent.diagonal(dim1=-2, dim2=-1).copy_(diagonal / 2)
-        missed = float((_rotation(latent.to(widened(q).dtype), self.map) - q).abs().amax())
+        missed = float((rotation(latent.to(widened(q).dtype), self.map) - q).abs().amax())
         allowed = 10 * self.tolerance(weight)
         if not missed <= allowed:
             raise self.refusal(
@@ -154,87 +205,40 @@ class OrthogonalMap(Constrained):
 
     @torch.no_grad()
     def project(self, weight: Tensor) -> Tensor:
-        """The ``Q`` of a QR decomposition whose ``R`` has a positive diagonal, as torch; unchanged if in the image.
+        """As torch, the ``Q`` of a QR decomposition whose ``R`` has a positive diagonal; unchanged if in the image.
 
-        Where only rotations are reached, the last column changes its sign if need be.
+        For ``polar`` and ``newton_schulz`` the nearest in the Frobenius norm. Where only rotations are reached, the last
+        column changes its sign if need be.
         """
         self.require_finite(weight)
         if self.contains(weight):
             return weight.clone()
-        q = _orthonormalized(widened(_tall(weight)))
-        if self._rotations_only():
-            q[..., -1] *= torch.where(torch.linalg.det(q) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-1)
+        x = widened(tall(weight))
+        q = polar_factor(x) if self.map in ("polar", "newton_schulz") else self._turned(orthonormalized(x))
         return (q.mT if weight.shape[-2] < weight.shape[-1] else q).to(weight.dtype)
 
     @torch.no_grad()
     def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
         """Uniform (Haar measure), also among rotations: ``Q`` of a Gaussian matrix, signs corrected (Mezzadri 2007)."""
-        q = _orthonormalized(_tall(self.normal(*self.shape, generator=generator)))
+        q = self._turned(orthonormalized(tall(self.normal(*self.shape, generator=generator))))
+        return (q.mT if self.shape[-2] < self.shape[-1] else q).to(self._like.dtype)
+
+    def _turned(self, q: Tensor) -> Tensor:
+        """``q`` with the sign of the last column such that it is reached."""
         if self._rotations_only():
             q[..., -1] *= torch.where(torch.linalg.det(q) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-1)
-        return (q.mT if self.shape[-2] < self.shape[-1] else q).to(self._like.dtype)
+        return q
 
     def _rotations_only(self) -> bool:
         square = self.shape[-2] == self.shape[-1]
-        return self.base is None and square and self.map != "householder" and not self._like.is_complex()
+        return self.base is None and square and self.map in ("matrix_exp", "cayley") and not self._like.is_complex()
 
     def extra_repr(self) -> str:
         """The options."""
-        return f"map={self.map!r}, use_trivialization={self.base is not None}"
+        steps = f", iterations={self.iterations}" if self.map == "newton_schulz" else ""
+        return f"map={self.map!r}, use_trivialization={self.base is not None}{steps}"
 
 
-def _rotation(x: Tensor, map: str) -> Tensor:
-    """``exp`` or Cayley transform of the skew-Hermitian matrix with the lower triangle of the tall ``x``."""
-    n, k = x.shape[-2:]
-    lower = x.tril()
-    if n != k:
-        lower = torch.cat([lower, lower.new_zeros(n, n - k).expand(*x.shape[:-2], -1, -1)], dim=-1)
-    skew = lower - lower.mH
-    if map == "matrix_exp":
-        q = torch.matrix_exp(skew)
-    else:
-        identity = torch.eye(n, dtype=skew.dtype, device=skew.device)
-        q = torch.linalg.solve(torch.add(identity, skew, alpha=-0.5), torch.add(identity, skew, alpha=0.5))
-    return q if n == k else q[..., :k]
-
-
-def _reflections(x: Tensor) -> Tensor:
-    """The product of the reflections along the columns of ``x``: ``(..., n, k)``, tall."""
-    vectors = x.tril(diagonal=-1)
-    tau = 2.0 / (1.0 + (vectors * vectors).sum(dim=-2))
-    diagonal = x.diagonal(dim1=-2, dim2=-1).detach()
-    return torch.linalg.householder_product(vectors, tau) * torch.ones_like(diagonal).copysign(diagonal).unsqueeze(-2)
-
-
-def _inverse_reflections(q: Tensor) -> Tensor:
-    """The reflections LAPACK finds for a QR decomposition, with the signs of R on the diagonal."""
-    latent, tau = torch.geqrf(q)
-    diagonal = latent.diagonal(dim1=-2, dim2=-1)
-    # LAPACK skips a reflection by tau = 0 exactly; ours along a zero column is -1 on the diagonal instead.
-    diagonal.copy_(torch.where(tau == 0, -diagonal.sign(), diagonal.sign()))
-    return latent
-
-
-def _orthonormalized(a: Tensor) -> Tensor:
-    """The Q of ``a = Q R`` with a real positive diagonal of R; ``a`` is tall."""
-    packed, tau = torch.geqrf(a)
-    signs = packed.diagonal(dim1=-2, dim2=-1).sgn()
-    return torch.linalg.householder_product(packed, tau) * torch.where(signs == 0, 1, signs).unsqueeze(-2)
-
-
-def _completed(q: Tensor) -> Tensor:
-    """``q``, bit for bit, with random columns added (torch's draws) until it is square and orthogonal."""
-    n, k = q.shape[-2:]
-    if n == k:
-        return q
-    wide = widened(q)
-    drawn = torch.randn(*q.shape[:-2], n, n - k, dtype=wide.dtype, device=q.device)
-    return torch.cat([q, _orthonormalized(torch.cat([wide, drawn], dim=-1))[..., k:].to(q.dtype)], dim=-1)
-
-
-def _tall(weight: Tensor) -> Tensor:
+def tall(weight: Tensor) -> Tensor:
+    """``weight``, transposed if it has more columns than rows."""
     return weight.mT if weight.shape[-2] < weight.shape[-1] else weight
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype

@@ -1,14 +1,17 @@
-"""Maps that only rearrange: what lets one weight be another one's transpose."""
+"""Maps that only rearrange: what lets one weight be another one's transpose, and a convolution take the map of a matrix."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from fxparam.catalogue._image import Unconstrained, check_dim, check_integer
+from fxparam.catalogue._image import Unconstrained, check_dim, check_filled, check_integer, shape_text
 from fxparam.declaration import Entry
+from fxparam.errors import SpecError
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,3 +63,57 @@ class TransposeMap(Unconstrained):
     def extra_repr(self) -> str:
         """The options."""
         return f"dim0={self.dim0}, dim1={self.dim1}"
+
+
+@dataclass(frozen=True, repr=False)
+class FromMatrix(Entry):
+    """The weight of a convolution from a matrix: ``orthogonal() >> from_matrix()``.
+
+    The index of ``dim`` is the row, and all others, in their order, are the column: as ``spectral_norm`` reads a weight.
+    The latent has the shape ``(size of dim, product of the other sizes)``; any dtype.
+
+    Args:
+        dim: the dimension of the weight that becomes the rows of the matrix; 1 for the outputs of a transposed
+            convolution.
+
+    Raises:
+        SpecError: ``dim`` is no integer; at build, the weight has no such dimension, no second one or no elements.
+    """
+
+    name: ClassVar[str] = "from_matrix"
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer(self.name, "dim", self.dim)
+
+    def build(self, weight: Tensor) -> FromMatrixMap:
+        """The map for a weight of at least two dimensions."""
+        if weight.ndim < 2:
+            raise SpecError(f"from_matrix: got a weight of shape {shape_text(weight)}; expected at least two dimensions")
+        check_filled(self.name, weight)
+        return FromMatrixMap(weight, check_dim(self.name, weight, self.dim))
+
+
+class FromMatrixMap(Unconstrained):
+    """Splits the columns of a matrix into dimensions, and puts the rows where they belong."""
+
+    def __init__(self, weight: Tensor, dim: int) -> None:
+        super().__init__(weight)
+        self.dim = dim
+        self.others = (*weight.shape[:dim], *weight.shape[dim + 1 :])
+
+    def forward(self, latent: Tensor) -> Tensor:  # type: ignore[override]
+        """``(shape[dim], product of the others)`` to the weight's shape, a view."""
+        return latent.unflatten(-1, self.others).movedim(0, self.dim)
+
+    def tolerance(self, weight: Tensor) -> float:
+        """Zero: nothing is rounded."""
+        return 0.0
+
+    def invert(self, weight: Tensor) -> Tensor:
+        """The matrix, contiguous and not an alias."""
+        return weight.movedim(self.dim, 0).reshape(-1, math.prod(self.others)).clone(memory_format=torch.contiguous_format)
+
+    def extra_repr(self) -> str:
+        """The dimension."""
+        return f"dim={self.dim}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -12,11 +13,13 @@ from torch import Tensor
 from fxparam.catalogue._image import (
     Constrained,
     check_choice,
+    check_dim,
     check_filled,
-    check_floating,
+    check_inexact,
     check_integer,
     check_number,
     shape_text,
+    widened,
 )
 from fxparam.declaration import Entry
 from fxparam.errors import SpecError
@@ -29,15 +32,20 @@ class Mask(Entry):
     """``W = mask · X`` with a pattern of zeros and ones that is fixed when the map is built.
 
     Args:
-        density: the fraction of elements to keep, in ``(0, 1]``; at least one element is kept.
-        by: ``"magnitude"`` keeps the largest absolute values of the weight (ties: the first), ``"random"`` any.
+        density: the fraction of elements (with ``dim``: of slices) to keep, in ``(0, 1]``; at least one is kept.
+        by: ``"magnitude"`` keeps the largest absolute values of the weight (of slices, norms; ties: the first),
+            ``"random"`` any.
         seed: for ``"random"``; the pattern does not depend on the device.
         keep: instead of a density, the pattern: a tensor or nested lists, nonzero where an element is kept, of the
             weight's shape or one that broadcasts to it. It is copied.
+        dim: keep or drop whole slices, one for each index of this dimension (structured pruning, as
+            ``torch.nn.utils.prune.ln_structured`` and ``random_structured``); None: single elements.
+        p: the norm by which slices are compared, above 0; ``inf`` for the largest absolute value.
 
     Raises:
-        SpecError: not exactly one of density and keep is given, or an option is out of range; at build, the pattern
-            does not fit the weight, or the weight is not floating-point or (for magnitudes) not finite.
+        SpecError: not exactly one of density and keep is given, ``dim`` beside ``keep``, ``p`` without ``dim``, or an option
+            is out of range; at build, the pattern or ``dim`` does not fit the weight, or the weight is neither
+            floating-point nor complex or (for magnitudes) not finite.
     """
 
     name: ClassVar[str] = "mask"
@@ -45,10 +53,13 @@ class Mask(Entry):
     by: str = "magnitude"
     seed: int = 0
     keep: Pattern | None = None
+    dim: int | None = None
+    p: float = 2
 
     def __post_init__(self) -> None:
         check_choice(self.name, "by", self.by, ("magnitude", "random"))
         check_integer(self.name, "seed", self.seed)
+        self._check_slices()
         if (self.density is None) == (self.keep is None):
             given = "neither" if self.density is None else "both"
             raise SpecError(f"mask: got {given} of density and keep; type fxp.mask(density=0.5) or fxp.mask(keep=pattern)")
@@ -61,9 +72,22 @@ class Mask(Entry):
         else:
             object.__setattr__(self, "keep", _lists(self.keep))
 
+    def _check_slices(self) -> None:
+        if self.p != math.inf:
+            check_number(self.name, "p", self.p)
+            if self.p <= 0:
+                raise SpecError(f"mask: got p={self.p!r}; expected a number above 0, or inf")
+        if self.dim is None:
+            if self.p != 2:
+                raise SpecError(f"mask: got p={self.p!r} without dim; single elements are compared by their absolute values")
+            return
+        check_integer(self.name, "dim", self.dim)
+        if self.keep is not None:
+            raise SpecError(f"mask: got dim={self.dim} beside keep; type a pattern that broadcasts to the weight's shape")
+
     def build(self, weight: Tensor) -> MaskMap:
         """The map for ``weight``, whose values decide the pattern under ``by="magnitude"``."""
-        check_floating(self.name, weight)
+        check_inexact(self.name, weight)
         check_filled(self.name, weight)
         return MaskMap(weight, self._pattern(weight.detach()).to(weight.device, weight.dtype))
 
@@ -78,18 +102,19 @@ class Mask(Entry):
                     "expected the same shape, or one that broadcasts to it"
                 ) from error
         assert self.density is not None
-        count = max(1, round(self.density * weight.numel()))
+        dim = None if self.dim is None else check_dim(self.name, weight, self.dim)
+        number = weight.numel() if dim is None else weight.shape[dim]
         if self.by == "random":
-            order = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(self.seed)).to(weight.device)
-        elif weight.is_meta or not weight.isfinite().all():
-            raise SpecError(
-                'mask: magnitudes of a weight that holds NaN, infinity or no values at all; use by="random" or keep=...'
-            )
+            order = torch.randperm(number, generator=torch.Generator().manual_seed(self.seed)).to(weight.device)
         else:
-            order = weight.abs().flatten().argsort(descending=True, stable=True)
-        pattern = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-        pattern[order[:count]] = True
-        return pattern.reshape(weight.shape)
+            check_values(self.name, weight, '; use by="random" or keep=...')
+            sizes = weight.abs().flatten() if dim is None else slice_norms(weight, dim, float(self.p))
+            order = sizes.argsort(descending=True, stable=True)
+        pattern = torch.zeros(number, dtype=torch.bool, device=weight.device)
+        pattern[order[: max(1, round(self.density * number))]] = True
+        if dim is None:
+            return pattern.reshape(weight.shape)
+        return pattern.reshape(-1, *[1] * (weight.ndim - dim - 1)).expand(weight.shape)
 
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults, as plain values.
@@ -116,12 +141,13 @@ class Mask(Entry):
         if not isinstance(other, Mask):
             return NotImplemented
         mine, theirs = (
-            (m.density, m.by, m.seed, m.keep.tolist() if isinstance(m.keep, Tensor) else m.keep) for m in (self, other)
+            (m.density, m.by, m.seed, m.dim, m.p, m.keep.tolist() if isinstance(m.keep, Tensor) else m.keep)
+            for m in (self, other)
         )
         return mine == theirs
 
     def __hash__(self) -> int:
-        return hash((self.density, self.by, self.seed))
+        return hash((self.density, self.by, self.seed, self.dim, self.p))
 
 
 def _lists(keep: Any) -> Any:
@@ -131,6 +157,65 @@ def _lists(keep: Any) -> Any:
     if keep in (0, 1):
         return int(keep)
     raise SpecError(f"mask: got {keep!r} in keep; expected a tensor, or nested lists of 0 and 1")
+
+
+def check_values(name: str, weight: Tensor, remedy: str) -> None:
+    """Refuse a weight whose magnitudes cannot be compared."""
+    if weight.is_meta or not weight.isfinite().all():
+        raise SpecError(f"{name}: magnitudes of a weight that holds NaN, infinity or no values at all{remedy}")
+
+
+def slice_norms(weight: Tensor, dim: int, p: float) -> Tensor:
+    """The ``p``-norm of each slice along ``dim``, relative to the largest element, so that no power overflows."""
+    slices = widened(weight).abs().movedim(dim, 0).flatten(1)
+    return torch.linalg.vector_norm(slices / slices.amax().clamp(min=torch.finfo(slices.dtype).tiny), p, dim=1)
+
+
+@dataclass(frozen=True, repr=False)
+class SemiStructured(Entry):
+    """``W = mask · X`` that keeps the ``n`` largest of every ``m`` consecutive elements (Mishra et al. 2021).
+
+    The pattern is that of the start, by absolute value (ties: the first), and fixed when the map is built. The default is
+    the 2:4 sparsity of NVIDIA's tensor cores, along the inputs of ``nn.Linear`` and the input channels of convolutions.
+
+    Args:
+        n: how many to keep, from 1 to ``m``.
+        m: the length of a group.
+        dim: the dimension along which elements are consecutive; its size must be a multiple of ``m``.
+
+    Raises:
+        SpecError: an option out of range; at build, the weight has no such dimension, or one of another size, or is
+            neither floating-point nor complex, or not finite.
+    """
+
+    name: ClassVar[str] = "semi_structured"
+    n: int = 2
+    m: int = 4
+    dim: int = 1
+
+    def __post_init__(self) -> None:
+        for option in ("n", "m"):
+            check_integer(self.name, option, getattr(self, option), least=1)
+        check_integer(self.name, "dim", self.dim)
+        if self.n > self.m:
+            raise SpecError(f"semi_structured: got n={self.n}, m={self.m}; expected n <= m")
+
+    def build(self, weight: Tensor) -> MaskMap:
+        """The map for ``weight``, whose values decide the pattern."""
+        check_inexact(self.name, weight)
+        check_filled(self.name, weight)
+        dim = check_dim(self.name, weight, self.dim)
+        size = weight.shape[dim]
+        if size % self.m:
+            raise SpecError(
+                f"semi_structured: got dim={self.dim} of size {size} for a weight of shape {shape_text(weight)}; expected a "
+                f"multiple of m={self.m}"
+            )
+        check_values(self.name, weight, "; load or repair the weight first")
+        groups = weight.detach().abs().unflatten(dim, (size // self.m, self.m))
+        order = groups.argsort(dim=dim + 1, descending=True, stable=True)
+        kept = torch.zeros_like(groups).scatter(dim + 1, order.narrow(dim + 1, 0, self.n), 1.0)
+        return MaskMap(weight, kept.flatten(dim, dim + 1).to(weight.dtype).contiguous())
 
 
 class MaskMap(Constrained):
