@@ -32,6 +32,9 @@ class Parametrization(nn.Module, ABC):
     Any such module that draws random numbers may say how often, by an attribute ``resample`` of ``"call"`` or ``"step"``.
     """
 
+    adapts: ClassVar[bool] = False
+    """Whether the latents train even where the weight was frozen: that is what an adapter is put on a frozen weight for."""
+
     @abstractmethod
     def forward(self, *latents: Tensor) -> Tensor:
         """The weight that these latents produce."""

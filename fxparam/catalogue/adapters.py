@@ -3,8 +3,8 @@
 The start is kept as the buffer ``base``, ``W0``, in the weight's dtype; with ``W0`` in half precision the factors may be
 float32, and the weight is computed in float32 and stored as ``W0`` is. Latents are named in peft's order: ``original0`` is
 ``A`` of shape ``(..., rank, n)``, ``original1`` is ``B`` of shape ``(..., m, rank)``, and ``original2`` DoRA's magnitude.
-Training starts as in peft, at ``B = 0`` and a random ``A``, with the weight as it was. Latents train if the weight did: a
-weight need not be frozen before, for ``W0`` is no parameter.
+Training starts as in peft, at ``B = 0`` and a random ``A``, with the weight as it was. The latents train, whether the weight
+was frozen before or not; ``W0`` is no parameter.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class LoraMap(Constrained):
     """``(A, B)`` to ``W0 + scaling · B A``: ``W0`` plus a matrix of rank at most ``rank``."""
 
     constraint = "the rank of W - W0"
+    adapts = True
     base: Tensor
 
     def __init__(self, weight: Tensor, rank: int, scaling: float) -> None:
@@ -180,6 +181,7 @@ class DoraMap(Unconstrained):
     anew. Hence every finite weight is in the image. For updates of a ``W0`` that stays, use ``lora``.
     """
 
+    adapts = True
     base: Tensor
 
     def __init__(self, weight: Tensor, rank: int, scaling: float, *, detach_norm: bool) -> None:

@@ -118,7 +118,7 @@ def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tupl
         site = SiteModule([*inner, *steps], latents, is_buffer=is_buffer, resample=[*inner.resample, *resample])
         notes = ("latents as they were",)
     else:
-        trainable = any(row.tensor.requires_grad for row in task.rows)
+        trainable = any(row.tensor.requires_grad for row in task.rows) or any(getattr(s, "adapts", None) is True for s in steps)
         site = SiteModule(
             steps,
             _as_latents(start.value, trainable, is_buffer),

@@ -206,3 +206,13 @@ def test_fold_merges_the_adapter() -> None:
     expected = site[0].base + site.original1 @ site.original0
     torch.testing.assert_close(dict(plain.named_parameters())["0.weight"].detach(), expected.detach())
     torch.testing.assert_close(plain(inputs), model.eval()(inputs))
+
+
+@pytest.mark.parametrize("entry", [fxp.lora(2), fxp.dora(2), fxp.lora(2) >> fxp.mask(density=0.9)], ids=str)
+def test_adapters_train_on_a_frozen_model(entry: Any) -> None:
+    net = nn.Linear(5, 4).requires_grad_(False)
+    model = fxp.transform(net, {"weight": entry})
+    assert {name for name, one in model.named_parameters() if one.requires_grad} == set(model.latents())
+    assert not fxp.transform(net, {"weight": fxp.low_rank(2)}).latents()["parametrizations.weight.original0"].requires_grad
+    model(torch.randn(3, 5)).sum().backward()
+    assert model.latents()["parametrizations.weight.original1"].grad.abs().sum() > 0
