@@ -17,6 +17,7 @@ from fxparam.catalogue import BlockDiagonal as block_diagonal
 from fxparam.catalogue import Bounded as bounded
 from fxparam.catalogue import Centered as centered
 from fxparam.catalogue import Circulant as circulant
+from fxparam.catalogue import DiagonalLowRank as diagonal_low_rank
 from fxparam.catalogue import Dora as dora
 from fxparam.catalogue import DoublyStochastic as doubly_stochastic
 from fxparam.catalogue import FakeQuantize as fake_quantize
@@ -26,6 +27,7 @@ from fxparam.catalogue import FromMatrix as from_matrix
 from fxparam.catalogue import Gate as gate
 from fxparam.catalogue import Grassmann as grassmann
 from fxparam.catalogue import Hypernetwork as hypernetwork
+from fxparam.catalogue import Invertible as invertible
 from fxparam.catalogue import Kronecker as kronecker
 from fxparam.catalogue import LearnedStep as learned_step
 from fxparam.catalogue import Lipschitz as lipschitz
@@ -46,6 +48,7 @@ from fxparam.catalogue import Scale as scale
 from fxparam.catalogue import SemiStructured as semi_structured
 from fxparam.catalogue import Simplex as simplex
 from fxparam.catalogue import Skew as skew
+from fxparam.catalogue import SpecialLinear as special_linear
 from fxparam.catalogue import SpecialOrthogonal as special_orthogonal
 from fxparam.catalogue import SpectralNorm as spectral_norm
 from fxparam.catalogue import Sphere as sphere
@@ -113,6 +116,7 @@ __all__ = [
     "centered",
     "circulant",
     "custom",
+    "diagonal_low_rank",
     "diff",
     "dora",
     "doubly_stochastic",
@@ -126,6 +130,7 @@ __all__ = [
     "gate",
     "grassmann",
     "hypernetwork",
+    "invertible",
     "joint",
     "kronecker",
     "learned_step",
@@ -150,6 +155,7 @@ __all__ = [
     "semi_structured",
     "simplex",
     "skew",
+    "special_linear",
     "special_orthogonal",
     "spectral_norm",
     "sphere",

@@ -9,11 +9,13 @@ from fxparam.catalogue.adapters import Dora, Lora
 from fxparam.catalogue.balls import Ball, Lipschitz, Sphere
 from fxparam.catalogue.centering import Centered, Standardized
 from fxparam.catalogue.definite import PositiveDefinite, Skew, Symmetric
+from fxparam.catalogue.diagonal_low_rank import DiagonalLowRank
 from fxparam.catalogue.elementwise import Bounded, Positive, Scale
 from fxparam.catalogue.few_bits import Binary, Ternary
-from fxparam.catalogue.gates import Gate
 from fxparam.catalogue.flat import Flat
+from fxparam.catalogue.gates import Gate
 from fxparam.catalogue.hypernetwork import Hypernetwork
+from fxparam.catalogue.invertible import Invertible, SpecialLinear
 from fxparam.catalogue.joint import JointEntry
 from fxparam.catalogue.manifolds import AlmostOrthogonal, Grassmann, SpecialOrthogonal, Unitary
 from fxparam.catalogue.mixture import Mixture
@@ -42,6 +44,7 @@ _CLASSES: tuple[type[Entry], ...] = (
     Bounded,
     Centered,
     Circulant,
+    DiagonalLowRank,
     Dora,
     DoublyStochastic,
     FakeQuantize,
@@ -51,6 +54,7 @@ _CLASSES: tuple[type[Entry], ...] = (
     Gate,
     Grassmann,
     Hypernetwork,
+    Invertible,
     Kronecker,
     LearnedStep,
     Lipschitz,
@@ -71,6 +75,7 @@ _CLASSES: tuple[type[Entry], ...] = (
     SemiStructured,
     Simplex,
     Skew,
+    SpecialLinear,
     SpecialOrthogonal,
     SpectralNorm,
     Sphere,
@@ -100,6 +105,7 @@ __all__ = [
     "Bounded",
     "Centered",
     "Circulant",
+    "DiagonalLowRank",
     "Dora",
     "DoublyStochastic",
     "FakeQuantize",
@@ -109,6 +115,7 @@ __all__ = [
     "Gate",
     "Grassmann",
     "Hypernetwork",
+    "Invertible",
     "JointEntry",
     "Kronecker",
     "LearnedStep",
@@ -130,6 +137,7 @@ __all__ = [
     "SemiStructured",
     "Simplex",
     "Skew",
+    "SpecialLinear",
     "SpecialOrthogonal",
     "SpectralNorm",
     "Sphere",

@@ -1,8 +1,8 @@
 """Random numbers as a function of a seed and a position, in plain tensor operations.
 
 A counter-based generator (Salmon, Moraes, Dror and Shaw 2011, *Parallel Random Numbers: As Easy as 1, 2, 3*): the number at
-a position is a hash of the position, so nothing is stored, and a trace has no random operation in it. Words are of 32 bits, kept
-in int64; multipliers are below 2³¹ in absolute value, so that no product overflows, and the bits are the same on every device.
+a position is a hash of the position: nothing is stored, and a trace has no random operation in it. Words are of 32 bits, kept
+in int64. Multipliers are below 2³¹ in absolute value: no product overflows, and the bits are the same on every device.
 
 The mixer is ``lowbias32`` of C. Wellons (*hash-prospector*), with a key between its two rounds: the words of two seeds are then
 no rearrangement of each other.
@@ -63,20 +63,22 @@ def random_bits(seed: Tensor, stream: int, count: int) -> Tensor:
 
 
 def signs(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The lowest bit of each word as -1 or 1."""
-    return 1 - 2 * (bits & 1).to(dtype)
+    """``(2 count,)`` numbers -1 and 1 from the lowest two bits of ``(count,)`` words."""
+    return 1 - 2 * torch.cat([(bits & 1).to(dtype), (bits >> 1 & 1).to(dtype)])
 
 
 def normals(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers from the upper 23 bits of each word (Box and Muller 1958), at most 5.8 in absolute value.
+    """``(2 count,)`` standard normal numbers from the upper 30 bits of ``(count,)`` words (Box and Muller 1958).
+
+    A radius and an angle of 15 bits each make two; none exceeds 4.71 in absolute value.
 
     Args:
-        bits: words, ``(count,)`` with an even ``count``.
+        bits: words.
         dtype: float32 or float64; the numbers differ by rounding.
     """
     # Exact in float32, and never 0 or 1.
-    one, other = (((bits >> 9).to(dtype) + 0.5) * 2**-23).chunk(2)
-    radius, angle = (-2 * one.log()).sqrt(), 2 * math.pi * other
+    radius, angle = ((part.to(dtype) + 0.5) * 2**-15 for part in (bits >> 17, bits >> 2 & 0x7FFF))
+    radius, angle = (-2 * radius.log()).sqrt(), 2 * math.pi * angle
     return torch.cat([radius * angle.cos(), radius * angle.sin()])
 
 

@@ -89,7 +89,8 @@ def polar_factor(x: Tensor) -> Tensor:
     """
     n, k = x.shape[-2:]
     y = x / _length(x)
-    u, s, vh = torch.linalg.svd(y.detach(), full_matrices=False)
+    # LAPACK refuses NaN; through ``y`` it still reaches the weight, where it is looked for.
+    u, s, vh = torch.linalg.svd(y.detach().nan_to_num(), full_matrices=False)
     s = torch.where(s <= _negligible(x), 1, s)
     sums = s.unsqueeze(-1) + s.unsqueeze(-2)
     p = y @ vh.mH

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ class Dense(Projection):
         # Chunks of a fixed size, each a stream of its own: the words take several times the memory of the numbers.
         for number, chunk in enumerate(drawn.view(-1).split(self._CHUNK)):
             count = len(chunk)
-            chunk.copy_(normals(random_bits(seed, number, count + count % 2), torch.float32)[:count])
+            chunk.copy_(normals(random_bits(seed, number, (count + 1) // 2), torch.float32)[:count])
         self.basis.copy_(drawn.div_(torch.linalg.vector_norm(drawn, dim=0)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Dense:
@@ -158,9 +159,9 @@ class Sparse(Projection):
     """``nonzeros`` elements of nearly equal size and of random sign in each row, at random places.
 
     The columns fall into as many groups as there are nonzeros, and a row reads one column of each: the block construction of
-    Kane and Nelson (2014, *Sparser Johnson-Lindenstrauss Transforms*, figure 1c) for the transpose of ``E``. With one nonzero it
-    is feature hashing. The very sparse matrices of Li, Hastie and Church (2006), which Li et al. take, have ``dim / √total``
-    nonzeros a row on average: a few as well.
+    Kane and Nelson (2014, *Sparser Johnson-Lindenstrauss Transforms*, figure 1c) for the transpose of ``E``. With one nonzero
+    it is feature hashing. The very sparse matrices of Li, Hastie and Church (2006), which Li et al. take, have
+    ``dim / √total`` nonzeros a row on average: a few as well.
 
     Args:
         total: the number of rows.
@@ -170,7 +171,7 @@ class Sparse(Projection):
         nonzeros: how many a row has, at most ``dim``.
     """
 
-    _RADIX = 1 << 26
+    _RADIX = 1 << 28
 
     def __init__(self, total: int, dim: int, seed: int, device: torch.device, nonzeros: int) -> None:
         super().__init__(total, dim, seed, device, f"sparse{nonzeros}")
@@ -189,7 +190,7 @@ class Sparse(Projection):
 
     def _sizes(self) -> list[int]:
         bounds = [number * self.dim // self.nonzeros for number in range(self.nonzeros + 1)]
-        return [high - low for low, high in zip(bounds, bounds[1:], strict=False)]
+        return [high - low for low, high in pairwise(bounds)]
 
     def _digits(self) -> list[Tensor]:
         """For each group, which of its columns and their negatives each row reads: int32, ``(total,)``.
@@ -242,10 +243,10 @@ class Fastfood(Projection):
         return -(-self.total // self._size())
 
     def _diagonals(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``B`` and ``G``, ``(blocks, n)``: the lowest bit and the upper bits of the same words."""
+        """``B`` and ``G``, ``(blocks, n)``: the lowest bits and the upper bits of the same words."""
         blocks, size = self._blocks(), self._size()
         count = blocks * size
-        bits = random_bits(self.seed, 0, count + count % 2)
+        bits = random_bits(self.seed, 0, (count + 1) // 2)
         pair = (signs(bits, dtype), normals(bits, dtype))
         sign, gauss = (numbers[:count].view(blocks, size) for numbers in pair)
         return sign, gauss
@@ -292,7 +293,7 @@ def hadamard(like: Tensor) -> Tensor:
     shared = index.unsqueeze(-1) & index
     shared = shared ^ (shared >> 4)
     shared = shared ^ (shared >> 2)
-    return signs(shared ^ (shared >> 1), like.dtype)
+    return 1 - 2 * ((shared ^ (shared >> 1)) & 1).to(like.dtype)
 
 
 def make_projection(

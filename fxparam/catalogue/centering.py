@@ -89,7 +89,10 @@ class Centered(Entry):
 
 
 class CenteredMap(Constrained):
-    """Zero mean over ``dims``. Distances are relative to the largest element."""
+    """Zero mean over ``dims``. Distances are relative to the largest element.
+
+    Of latents that are all equal to rounding nothing or the rounding of a rounding is left, whose mean may not be zero.
+    """
 
     constraint = "zero mean (relative to the largest element)"
 
@@ -190,9 +193,8 @@ class StandardizedMap(Constrained):
         x = widened(latent)
         # Large slices in units of the largest element: no square overflows. The unit cancels, in the gradient as well.
         unit = x.detach().abs().amax(self.dims, keepdim=True).clamp(min=1)
-        # Of a constant slice the first difference is the rounding of its mean. The second is smaller than the floor under
-        # eps, which counts slices as constant where they are to rounding.
-        centered = _without_mean(_without_mean(x / unit, self.dims), self.dims)
+        # What is left of a constant slice is smaller than the floor under eps.
+        centered = _without_mean(x / unit, self.dims)
         floor = (math.sqrt(self.eps) / unit).square().clamp(min=torch.finfo(x.dtype).eps ** 2)
         unscaled = centered / (centered.square().mean(self.dims, keepdim=True) + floor).sqrt()
         return stored(unscaled if gain is None else unscaled * widened(gain), latent.dtype)
@@ -263,6 +265,8 @@ class StandardizedMap(Constrained):
 
 
 def _without_mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``x - mean(x)``, twice: where the mean is much larger than the rest, its rounding is not small beside the rest."""
+    x = x - x.mean(dims, keepdim=True)
     return x - x.mean(dims, keepdim=True)
 
 

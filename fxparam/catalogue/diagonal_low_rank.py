@@ -1,9 +1,9 @@
 """A diagonal plus a matrix of low rank: ``W = diag(d) + U Vᴴ``, ``(..., n, n)``.
 
-Which part of the diagonal of a given ``W`` is whose? Off the diagonal ``W`` is ``L = U Vᴴ``. Take disjoint sets ``I`` and ``J``
-of indices and a third set ``K``: the rows ``I`` of ``L`` span all its rows if ``L[I, J]`` has the rank of ``L``, and then ``L[K, K]
-= W[K, J] W[I, J]⁺ W[I, K]``, where all three factors are off the diagonal (a skeleton decomposition: Goreinov,
-Tyrtyshnikov and Zamarashkin 1997). Rounding in that estimate is then removed by Gauss-Newton steps.
+Which part of the diagonal of a given ``W`` is whose? Off the diagonal ``W`` is ``L = U Vᴴ``. Take three sets of indices
+``I``, ``J`` and ``K`` without common elements. Where ``L[I, J]`` has the rank of ``L``, its rows and columns span all
+others, so that ``L[K, K] = W[K, J] W[I, J]⁺ W[I, K]``: a skeleton decomposition (Goreinov, Tyrtyshnikov and Zamarashkin
+1997) whose three factors are all off the diagonal. Gauss-Newton steps then remove what rounding did to that estimate.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ class DiagonalLowRank(Entry):
 class DiagonalLowRankMap(Constrained):
     """Sums of a diagonal matrix and one of rank at most ``rank``.
 
-    The decomposition that ``contains`` and the right inverse look for is found for almost all such matrices. It is missed, and the
-    weight refused, where the low-rank part has a lower rank off the diagonal than on it (all of it in one row and the same
-    column, say).
+    The split that ``contains`` and the right inverse look for is found for almost all such matrices. It may be missed, and
+    the weight refused, where the low-rank part is zero at so many places that no block off the diagonal has its rank.
     """
 
     constraint = "being a diagonal and a matrix of that rank (relative to the largest element)"

@@ -38,8 +38,8 @@ class Hypernetwork(JointEntry):
         hidden: the sizes of the hidden layers; none of them gives an affine ``f``.
         chunk: how many elements an embedding stands for. By default about the square root of their number, which keeps
             embeddings and output layer small alike.
-        seed: draws embeddings and hidden layers, from 0 to 2³² - 1. In a model, each rule and each weight gets its own: the seed
-            becomes ``zlib.crc32(name, seed)`` with the name of the weight, of the first of several.
+        seed: draws embeddings and hidden layers, from 0 to 2³² - 1. In a model, each rule and each weight gets its own: the
+            seed becomes ``zlib.crc32(name, seed)`` with the name of the weight, of the first of several.
 
     Raises:
         SpecError: an option is out of range; at build, ``chunk`` exceeds the number of elements, or the weights are on several
@@ -88,8 +88,8 @@ class Hypernetwork(JointEntry):
 class HypernetworkMap(JointMap):
     """``(chunks, dim)`` to ``θ₀ + f(z)``, where the chunks of ``f(z)`` follow each other and the last may be cut.
 
-    The parameters ``weights`` and ``biases`` are those of ``f``, and the buffer ``origin`` is ``θ₀``, ``(total,)``; all have the
-    widest dtype among the weights, and half precision is computed in float32.
+    The parameters ``weights`` and ``biases`` are those of ``f``, and the buffer ``origin`` is ``θ₀``, ``(total,)``; all have
+    the widest dtype among the weights, and half precision is computed in float32.
 
     The right inverse moves ``origin``, as that of a trivialization moves its base: it returns the embeddings of the start and
     sets ``origin`` to what ``f`` misses there.

@@ -54,7 +54,8 @@ class Invertible(Entry):
 class SpecialLinear(Entry):
     """``W = P L (U + diag(signs · exp(s - mean(s))))`` with determinant 1: volumes are kept.
 
-    Latent and buffers are those of ``invertible()``; the product of the signs is that of the permutation.
+    Latent and buffers are those of ``invertible()``; the product of the signs is that of the permutation. As there, latents of
+    size 1000 give matrices that are singular to working precision, and for huge ones the product overflows.
 
     Raises:
         SpecError: at build, the weight is not square or not floating-point (complex weights are refused as well).
@@ -170,10 +171,10 @@ class SpecialLinearMap(_FactoredMap):
     def distance(self, weight: Tensor) -> Tensor:
         """By which part of its norm the weight has to change to have determinant 1; 1 for a singular matrix.
 
-        The shorter of two ways: ``||det W|^(-1/n) - 1|`` for scaling it; ``(e^|log|det W|| ∓ 1) σ_min / σ_max`` for changing its
-        smallest singular value, with a negative determinant also its sign (dividing it counts like multiplying it, or a
-        large matrix would be near the almost singular ones). Near the image that is ``|log det W|``, over ``n`` or over the
-        condition number: the determinant is known up to rounding times that only.
+        The shorter of two ways. To scale it takes ``||det W|^(-1/n) - 1|``. To change its smallest singular value, with a
+        negative determinant also its sign, takes ``(e^d ∓ 1) σ_min / σ_max`` with ``d = |log|det W||`` (to divide counts
+        like to multiply, or a large matrix would be near the almost singular ones). Near the image that is ``d / n`` or ``d``
+        over the condition number: up to rounding times that number is all that can be known of ``d``.
         """
         scaling, bending = self._ways(weight)[-2:]
         return torch.maximum(torch.minimum(scaling, bending).amax(), super().distance(weight))

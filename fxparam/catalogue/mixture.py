@@ -1,7 +1,7 @@
 """Weights mixed from given checkpoints.
 
-``W = Σ cᵢ Wᵢ`` (learned soups, Wortsman et al. 2022, *Model soups*, section 3 and appendix I) or ``W = θ₀ + Σ cᵢ (Wᵢ - θ₀)`` (task
-arithmetic, Ilharco et al. 2023, *Editing Models with Task Arithmetic*): only the coefficients train.
+``W = Σ cᵢ Wᵢ`` (learned soups, Wortsman et al. 2022, *Model soups*) or ``W = θ₀ + Σ cᵢ (Wᵢ - θ₀)`` (task arithmetic, Ilharco
+et al. 2023, *Editing Models with Task Arithmetic*): only the coefficients train.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Mixture(JointEntry):
     what it was. For one weight or for all of a ``joint`` rule, which then share their coefficients.
 
     Args:
-        checkpoints: at least one. Each is a state dict (name -> tensor), the path of one as safetensors or torch file (read with
-            ``weights_only=True``), or, for a single weight, a tensor or nested lists of numbers.
+        checkpoints: at least one. Each is a state dict (name -> tensor), the path of one as safetensors or torch file (read
+            with ``weights_only=True``), or, for a single weight, a tensor or nested lists of numbers.
         normalize: whether the coefficients are the softmax of the latent: positive, of sum 1.
         origin: whether the checkpoints count as steps ``Wᵢ - θ₀`` from the present weight ``θ₀``. Not together with
             ``normalize``, which would cancel it.

@@ -106,7 +106,8 @@ class Kronecker(Entry):
         (m, n), (a, b) = weight.shape[-2:], self.shape
         if m % a or n % b:
             raise SpecError(
-                f"kronecker: got shape={self.shape} for a weight of shape {shape_text(weight)}; expected divisors of {m} and {n}"
+                f"kronecker: got shape={self.shape} for a weight of shape {shape_text(weight)}; "
+                f"expected divisors of {m} and {n}"
             )
         most = min(a * b, m * n // (a * b))
         if self.terms > most:
@@ -155,17 +156,17 @@ class KroneckerMap(_RearrangedMap):
 
 @dataclass(frozen=True, repr=False)
 class Monarch(Entry):
-    """``W = P L P R`` with block-diagonal ``L`` and ``R`` and a permutation ``P`` (Dao et al. 2022, definition 3.1).
+    """``W = P₂ L P₁ R`` with block-diagonal ``L`` and ``R`` and permutations ``P₁`` and ``P₂`` (Dao et al. 2022, section 3.1).
 
     With ``b = blocks`` and ``r = rank``, the latents are the blocks of the factors, real or complex:
 
     - ``L`` of shape ``(..., b, m / b, b r)``: ``b`` blocks, as a block-diagonal matrix ``m x b² r``;
     - ``R`` of shape ``(..., b, b r, n / b)``: ``b`` blocks, as a block-diagonal matrix ``b² r x n``.
 
-    Both permutations are strides: the right ``P`` moves element ``(k, j, s)`` of ``b x b x r`` to ``(j, k, s)``, the left
-    one element ``(j, l)`` of ``b x m/b`` to ``(l, j)``. So ``W[l b + j, k n/b + i]`` is the sum over ``s`` of ``L[j, l, k r + s]
+    Both permutations are strides: ``P₁`` moves element ``(k, j, s)`` of ``b x b x r`` to ``(j, k, s)``, and ``P₂`` element
+    ``(j, l)`` of ``b x m/b`` to ``(l, j)``. So, summed over ``s``, ``W[l b + j, k n/b + i] = L[j, l, k r + s] ·
     R[k, j r + s, i]``: for each ``j`` and ``k`` a block of rank ``r``. The paper's matrices are those of ``m = n = b²`` and
-    ``rank=1``. For huge latents the products overflow.
+    ``rank=1``, where ``P₂ = P₁ᵀ``. For huge latents the products overflow.
 
     Args:
         blocks: how many blocks each factor has; it divides both ``m`` and ``n``.

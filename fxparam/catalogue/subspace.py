@@ -36,10 +36,10 @@ class Subspace(JointEntry):
         projection: the kind of ``E``. ``"dense"``, a Gaussian matrix: ``elements · dim`` numbers in memory, for small ones.
             ``"fastfood"``, products with Walsh-Hadamard matrices: nothing is stored, time grows as ``elements · log(dim)``.
             ``"sparse"``, a few nonzeros in each row: nothing is stored, time grows as ``elements · nonzeros``.
-        seed: draws ``E``, from 0 to 2³² - 1; the same on every device and for every dtype, up to rounding. In a model, each rule
-            and each weight gets an ``E`` of its own: the seed becomes ``zlib.crc32(name, seed)`` with the name of the weight,
-            of the first of several.
-        nonzeros: of each row of a sparse ``E``; ``dim`` if that is less. By default 2, about as many as the matrices of Li et al. have.
+        seed: draws ``E``, from 0 to 2³² - 1; the same on every device and for every dtype, up to rounding. In a model, each
+            rule and each weight gets an ``E`` of its own: the seed becomes ``zlib.crc32(name, seed)`` with the name of the
+            weight, of the first of several.
+        nonzeros: of each row of a sparse ``E``; ``dim`` if that is less. By default 2, about as many as Li et al. take.
 
     Raises:
         SpecError: an option is out of range; at build, there are fewer elements than ``dim``, or the weights are on
@@ -127,6 +127,9 @@ class SubspaceMap(SpannedMap):
     def solve(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The nearest point of the subspace."""
         origin = self.origin.double()
+        if torch.equal(vector, origin):
+            # The start: nothing to solve, and memory to save.
+            return vector.new_zeros(self.projection.dim), vector, origin.abs().amax()
         latent = self.projection.nearest(vector - origin)
         return latent, origin + self.projection(latent), origin.abs().amax()
 

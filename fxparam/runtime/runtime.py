@@ -281,8 +281,8 @@ class Runtime:
     def after_step(self, held: frozenset[int], *, unknown: bool) -> None:
         """An optimizer stepped; see ``fxparam.runtime.steps``.
 
-        Maps that change their base do so now. It may be that latents have been written which it does not hold: unknown tensors may be flat or master copies of ours,
-        and a model that no optimizer has trained so far may follow another one (target networks, averages).
+        Maps that change their base do so now. It may be that latents have been written which it does not hold: unknown tensors
+        may be flat or master copies of ours, and a model that no optimizer has trained so far may follow another one (target networks, averages).
         """
         self._rebasing.after_step(held)
         own = any(not held.isdisjoint(map(id, entry.sources)) for entry in self._entries.values())

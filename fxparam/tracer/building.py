@@ -145,8 +145,8 @@ def _check_rebasing(later: Sequence[nn.Module]) -> None:
     for module in later:
         if isinstance(getattr(module, "rebase_every", None), int) and hasattr(module, "rebase"):
             raise SpecError(
-                f"{_name(module)} changes its base, for which it has to be given the latents; put it first in its chain, or leave "
-                "out rebase_every="
+                f"{_name(module)} changes its base, for which it has to be given the latents; put it first in its chain, or "
+                "leave out rebase_every="
             )
 
 

@@ -38,7 +38,7 @@ def table() -> str:
     for case in CASES:
         by_entry.setdefault(case.entry.name, []).append(case)
     lines = [
-        "| entry | right inverse | weight of the start | `sample`, `contains` | nodes, eval | in training | batched | complex |",
+        "| entry | right inverse | start | `sample`, `contains` | nodes, eval | in training | batched | complex |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [_row(name, cases) for name, cases in sorted(by_entry.items())]

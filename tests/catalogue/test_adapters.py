@@ -215,4 +215,5 @@ def test_adapters_train_on_a_frozen_model(entry: Any) -> None:
     assert {name for name, one in model.named_parameters() if one.requires_grad} == set(model.latents())
     assert not fxp.transform(net, {"weight": fxp.low_rank(2)}).latents()["parametrizations.weight.original0"].requires_grad
     model(torch.randn(3, 5)).sum().backward()
-    assert model.latents()["parametrizations.weight.original1"].grad.abs().sum() > 0
+    gradient = model.latents()["parametrizations.weight.original1"].grad
+    assert gradient is not None and gradient.any()

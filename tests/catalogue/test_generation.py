@@ -1,4 +1,4 @@
-"""Mixtures of checkpoints, hypernetworks and a user's own generating modules, alone and in models; affine functions of weights."""
+"""Mixtures of checkpoints, hypernetworks, a user's own generating modules, and weights that are functions of others."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def test_with_an_origin_the_weight_is_kept_and_tasks_are_added() -> None:
         latent.copy_(torch.tensor([0.7, -0.3]))
     start = base.state_dict()
     added = {
-        name: start[name] + 0.7 * (tasks[0].state_dict()[name] - start[name]) - 0.3 * (tasks[1].state_dict()[name] - start[name])
+        name: start[name]
+        + 0.7 * (tasks[0].state_dict()[name] - start[name])
+        - 0.3 * (tasks[1].state_dict()[name] - start[name])
         for name in start
     }
     torch.testing.assert_close(model(x), torch.func.functional_call(base, added, (x,)))
@@ -111,7 +113,7 @@ def test_with_an_origin_the_weight_is_kept_and_tasks_are_added() -> None:
 
 def test_normalized_coefficients_are_fractions_that_train() -> None:
     ingredients = [torch.randn(4, 3) for _ in range(3)]
-    module = Mixture(ingredients, normalize=True).build(torch.zeros(4, 3))
+    module: Any = Mixture(ingredients, normalize=True).build(torch.zeros(4, 3))
     inside = 0.2 * ingredients[0] + 0.5 * ingredients[1] + 0.3 * ingredients[2]
     torch.testing.assert_close(module.right_inverse(inside).exp(), torch.tensor([0.2, 0.5, 0.3]))
     # An ingredient itself is a limit, and counts as in the image.
@@ -128,7 +130,7 @@ def test_the_nearest_fractions_are_those_of_a_search() -> None:
     ingredients = torch.randn(3, 7, dtype=torch.float64)
     for _ in range(10):
         wanted = 2 * torch.randn(7, dtype=torch.float64)
-        module = Mixture(list(ingredients), normalize=True).build(wanted)
+        module: Any = Mixture(list(ingredients), normalize=True).build(wanted)
         near = module.project(wanted)
         steps = torch.linspace(0, 1, 201, dtype=torch.float64)
         first, second = (one.flatten() for one in torch.meshgrid(steps, steps, indexing="ij"))
@@ -182,10 +184,10 @@ def test_ingredients_are_copied() -> None:
     [
         (lambda: Mixture([]), r"mixture: got checkpoints=\[\]; expected a list of state dicts, paths or tensors"),
         (lambda: Mixture("a.pt"), r"mixture: got checkpoints='a.pt'; expected a list"),
-        (lambda: Mixture(torch.ones(2, 2)), r"mixture: got checkpoints=tensor of shape \(2, 2\); expected a list"),
-        (lambda: Mixture([3]), r"mixture: got the checkpoint 3; expected a state dict, a path, a tensor, or nested lists"),
+        (lambda: Mixture(torch.ones(2, 2)), r"mixture: got checkpoints=tensor of shape \(2, 2\); expected a list"),  # type: ignore[arg-type]
+        (lambda: Mixture([3]), r"mixture: got the checkpoint 3; expected a state dict, a path, a tensor, or nested lists"),  # type: ignore
         (lambda: Mixture([["a"]]), r"mixture: got 'a' in a checkpoint; expected a tensor, or nested lists of numbers"),
-        (lambda: Mixture([[1.0]], normalize="yes"), r"mixture: got normalize='yes'; expected True or False"),
+        (lambda: Mixture([[1.0]], normalize="yes"), r"mixture: got normalize='yes'; expected True or False"),  # type: ignore
         (lambda: Mixture([[1.0]], normalize=True, origin=True), r"steps of sum 1 cancel the origin: give one of them"),
     ],
 )
@@ -197,7 +199,10 @@ def test_bad_options(make: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("checkpoint", "text"),
     [
-        (torch.ones(3), r"got a tensor of shape \(3,\) from the checkpoint tensor of shape \(3,\) for a weight of shape \(2,\)"),
+        (
+            torch.ones(3),
+            r"got a tensor of shape \(3,\) from the checkpoint tensor of shape \(3,\) for a weight of shape \(2,\)",
+        ),
         ([1.0, math.nan], r"the checkpoint \[1.0, nan\] holds NaN or infinity; repair it first"),
         ([[1.0], [1.0, 2.0]], r"nested lists that are no tensor"),
         (torch.ones(2, dtype=torch.int64), r"got a tensor of dtype torch.int64 from the checkpoint"),
@@ -239,7 +244,9 @@ def test_only_paths_and_numbers_can_be_written_to_a_file(tmp_path: Path) -> None
     assert again == entry and hash(again) == hash(entry)
     for given in (torch.ones(2), {"a": torch.ones(2)}):
         held = Mixture([given])
-        with pytest.raises(SpecError, match=r"mixture: a checkpoint is a .*, and tensors cannot be written to a spec file; save"):
+        with pytest.raises(
+            SpecError, match=r"mixture: a checkpoint is a .*, and tensors cannot be written to a spec file; save"
+        ):
             held.options()
         assert held == Mixture([copy.deepcopy(given)]) and held != Mixture([torch.zeros(2)]) and held != entry
     assert repr(Mixture([torch.ones(2)], origin=True)) == "mixture([tensor of shape (2,)], origin=True)"
@@ -385,9 +392,12 @@ def test_a_module_of_ones_own_generates_a_model() -> None:
         for optimizer, out in zip(optimizers, (got, expected), strict=True):
             optimizer.zero_grad()
             out.square().sum().backward()
-        pairs = zip(sorted(p.grad.norm() for p in model.parameters()), sorted(p.grad.norm() for p in [own, *reference.parameters()]), strict=True)  # type: ignore[union-attr]  # fmt: skip
-        for ours, theirs in pairs:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        norms = [
+            sorted(float(p.grad.norm()) for p in parameters if p.grad is not None)
+            for parameters in (model.parameters(), [own, *reference.parameters()])
+        ]
+        assert len(norms[0]) == 5
+        torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=1e-6)
         for optimizer in optimizers:
             optimizer.step()
     assert not [node for node in model.prologue.graph.nodes if node.op == "call_module"]
@@ -406,9 +416,9 @@ def test_a_model_as_one_flat_vector() -> None:
     torch.testing.assert_close(vector.grad, torch.cat([p.grad.flatten() for p in net.parameters()]))  # type: ignore[union-attr]
     # What a flat vector is for: an optimizer over one tensor, with a step of its own.
     with torch.no_grad():
-        vector.sub_(0.1 * vector.grad)  # type: ignore[arg-type]
-        for parameter in net.parameters():
-            parameter.sub_(0.1 * parameter.grad)  # type: ignore[arg-type]
+        for parameter in (vector, *net.parameters()):
+            assert parameter.grad is not None
+            parameter.sub_(0.1 * parameter.grad)
     torch.testing.assert_close(model(x), net(x))
     torch.testing.assert_close(fxp.fold(model, example_inputs=(x,))(x), net(x))
 

@@ -56,7 +56,7 @@ def test_every_public_class_is_here() -> None:
 def start_of(module: Any, size: tuple[int, int]) -> Tensor:
     """A weight in the manifold; symmetric ones and all of ``Rn`` have no sampler."""
     if hasattr(module, "sample"):
-        return module.sample()  # type: ignore[no-any-return]
+        return module.sample()
     drawn = torch.randn(size)
     return drawn if size[0] != size[1] else (drawn + drawn.mT) / 2
 

@@ -64,20 +64,22 @@ def test_the_determinant_is_never_zero(dtype: torch.dtype, value: float) -> None
 def test_singular_matrices_are_refused_and_have_a_projection(entry: Entry, singular: torch.Tensor) -> None:
     module: Any = entry.build(singular)
     assert not module.contains(singular)
-    with pytest.raises(ImageError, match=r"Map: a weight of shape \(3, 3\), torch.float32, is not in the image: .* is missed by 1"):
+    with pytest.raises(
+        ImageError, match=r"Map: a weight of shape \(3, 3\), torch.float32, is not in the image: .* is missed by 1"
+    ):
         module.right_inverse(singular)
     near = module.project(singular)
     assert module.contains(near)
     torch.testing.assert_close(module(module.right_inverse(near)), near)
     if entry.name == "invertible":
-        torch.testing.assert_close(near, singular, rtol=0, atol=float(4e-4 * singular.abs().max()) + 1e-6)
+        torch.testing.assert_close(near, singular, rtol=0, atol=1e-3 * float(singular.abs().max()) + 1e-6)
 
 
 def test_a_product_of_thin_factors_counts_as_singular() -> None:
     torch.manual_seed(0)
     weight = torch.randn(8, 5, dtype=DOUBLE) @ torch.randn(5, 8, dtype=DOUBLE)
-    assert not fxp.invertible().build(weight).contains(weight)  # type: ignore[operator]
-    assert fxp.invertible().build(weight).contains(weight + 1e-6 * torch.eye(8, dtype=DOUBLE))  # type: ignore[operator]
+    assert not fxp.invertible().build(weight).contains(weight)
+    assert fxp.invertible().build(weight).contains(weight + 1e-6 * torch.eye(8, dtype=DOUBLE))
 
 
 @pytest.mark.parametrize(
@@ -162,3 +164,21 @@ def test_a_sample_of_geotorch_is_in_the_image() -> None:
         weight = weight[[1, 0, 2, 3, 4]]
     assert module.contains(weight)
     torch.testing.assert_close(module(module.right_inverse(weight)), weight, rtol=0, atol=1e-4)
+
+
+@BOTH
+def test_an_assigned_weight_brings_its_own_permutation(entry: Entry) -> None:
+    """The buffers change with the latents, and the next forward reads both."""
+    torch.manual_seed(6)
+    model = fxp.transform(nn.Linear(5, 5), {"weight": entry})
+    x = torch.randn(3, 5)
+    model(x)
+    weight = torch.eye(5)[[1, 2, 0, 4, 3]] @ torch.diag(torch.tensor([-1.0, 2.0, 0.5, 1.0, 1.0]))
+    assert torch.linalg.det(weight) == 1
+    model.assign("weight", weight)
+    assert torch.equal(model.weights()["weight"], weight)
+    torch.testing.assert_close(model(x), nn.functional.linear(x, weight, model.state_dict()["bias"]))
+    model.retract("weight")
+    assert torch.equal(model.weights()["weight"], weight)
+    model.assign("weight", torch.ones(5, 5), project=True)
+    assert torch.linalg.slogdet(model.weights()["weight"]).logabsdet.isfinite()

@@ -81,7 +81,7 @@ def test_training_equals_the_eager_map(case: Case) -> None:
         named = dict(site.named_parameters())
         for (name, got), expected in zip(model.named_parameters(), named.values(), strict=True):
             gradients = [torch.zeros(()) if one.grad is None else one.grad for one in (got, expected)]
-            torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10, msg=name)
         for optimizer in (ours, theirs):
             optimizer.step()
 

@@ -60,7 +60,7 @@ MAPS: dict[str, Map] = {
     "weight_norm": Map(fxp.weight_norm, stock.weight_norm),
     "weight_norm dim 1": Map(lambda: fxp.weight_norm(dim=1), lambda holder: stock.weight_norm(holder, dim=1)),
     "orthogonal": Map(fxp.orthogonal, stock.orthogonal),
-    "spectral_norm": Map(fxp.spectral_norm, stock.spectral_norm),
+    "spectral_norm": Map(lambda: fxp.spectral_norm(dim=0), lambda holder: stock.spectral_norm(holder, dim=0)),
     "spectral_norm dim 1": Map(lambda: fxp.spectral_norm(dim=1), lambda holder: stock.spectral_norm(holder, dim=1)),
     "module": Map(Tanh2, _registered(lambda weight: Tanh2())),
     "mask": Map(lambda: fxp.mask(density=0.5), _registered(Masked)),

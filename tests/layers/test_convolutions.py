@@ -93,7 +93,7 @@ def test_spectral_norm_iterates_once_a_step(name: str, kind: str, trace: str) ->
 def test_spectral_norm_of_pytorch_on_a_transposed_convolution_is_adopted_along_its_outputs(name: str, trace: str) -> None:
     net = LAYERS[name].make()
     torch.nn.utils.parametrizations.spectral_norm(net)
-    declared = fxp.transform(LAYERS[name].make(), {"weight": fxp.spectral_norm(dim=1)}, trace=trace)
+    declared = fxp.transform(LAYERS[name].make(), {"weight": fxp.spectral_norm()}, trace=trace)
     declared.load_state_dict(net.state_dict())
     model = fxp.transform(net, trace=trace, copy=True)
     for seed in range(3):

@@ -10,6 +10,7 @@ from catalogue.cases import (
     elementwise,
     gates,
     generation,
+    invertible,
     manifolds,
     noise,
     norms,
@@ -48,6 +49,7 @@ _FAMILIES = (
     centering,
     stochastic,
     manifolds,
+    invertible,
 )
 
 CASES: list[Case] = [case for family in _FAMILIES for case in family.CASES]

@@ -64,8 +64,13 @@ def _corner(weight: Tensor) -> Tensor:
 CASES = [
     *(
         Case(
-            cat.BlockDiagonal(blocks), shape, _by_element(_block), crossed if blocks == 3 and shape == (3, 3) else _corner
-            if blocks > 1 else None, latents=(latent,), exact=True, complex=True
+            cat.BlockDiagonal(blocks),
+            shape,
+            _by_element(_block),
+            _corner if blocks > 1 else None,
+            latents=(latent,),
+            exact=True,
+            complex=True,
         )
         for blocks, shape, latent in _BLOCKS
     ),
@@ -74,18 +79,38 @@ CASES = [
         for lower, upper, shape in _BANDS
     ),
     *(
-        Case(cat.Triangular(upper, unit), shape, _by_element(_triangle), bump if unit else lambda w: w + 1, exact=True,
-             complex=True)
+        Case(
+            cat.Triangular(upper, unit),
+            shape,
+            _by_element(_triangle),
+            bump if unit else lambda w: w + 1,
+            exact=True,
+            complex=True,
+        )
         for upper, unit, shape in _TRIANGLES
     ),
     *(
-        Case(cat.Circulant(), shape, _by_element(_circulant), crossed if shape != (1, 1) else None, latents=(shape[:-1],),
-             exact=True, complex=True)
+        Case(
+            cat.Circulant(),
+            shape,
+            _by_element(_circulant),
+            crossed if shape != (1, 1) else None,
+            latents=(shape[:-1],),
+            exact=True,
+            complex=True,
+        )
         for shape in _CIRCULANTS
     ),
     *(
-        Case(cat.Toeplitz(), shape, _by_element(_toeplitz), crossed if shape[-2] > 1 else None, latents=(latent,), exact=True,
-             complex=True)
+        Case(
+            cat.Toeplitz(),
+            shape,
+            _by_element(_toeplitz),
+            crossed if shape[-2] > 1 else None,
+            latents=(latent,),
+            exact=True,
+            complex=True,
+        )
         for shape, latent in _TOEPLITZ
     ),
 ]

@@ -27,15 +27,14 @@ def random_bits(seed: int, stream: int, count: int) -> list[int]:
 
 
 def normals(bits: list[int]) -> list[float]:
-    """As many as there are words, an even number."""
-    uniform = [(word // 2**9 + 0.5) / 2**23 for word in bits]
-    half = len(bits) // 2
-    pairs = [(math.sqrt(-2 * math.log(uniform[at])), 2 * math.pi * uniform[at + half]) for at in range(half)]
+    """Two for each word."""
+    uniform = [((word // 2**17 + 0.5) / 2**15, (word // 4 % 2**15 + 0.5) / 2**15) for word in bits]
+    pairs = [(math.sqrt(-2 * math.log(one)), 2 * math.pi * other) for one, other in uniform]
     return [r * math.cos(angle) for r, angle in pairs] + [r * math.sin(angle) for r, angle in pairs]
 
 
 def dense(seed: int, total: int, dim: int) -> Tensor:
-    drawn = torch.tensor(normals(random_bits(seed, 0, total * dim + total * dim % 2))[: total * dim]).reshape(total, dim)
+    drawn = torch.tensor(normals(random_bits(seed, 0, (total * dim + 1) // 2))[: total * dim]).reshape(total, dim)
     return drawn / drawn.square().sum(0).sqrt()
 
 
@@ -76,13 +75,14 @@ def fastfood(seed: int, total: int, dim: int) -> Tensor:
         size *= 2
     blocks = math.ceil(total / size)
     count = blocks * size
-    bits = random_bits(seed, 0, count + count % 2)
+    bits = random_bits(seed, 0, (count + 1) // 2)
     gauss = normals(bits)
+    signs = [1.0 - 2 * (word % 2) for word in bits] + [1.0 - 2 * (word // 2 % 2) for word in bits]
     keys = random_bits(seed, 1, 3 * blocks)
     rows = []
     for block in range(blocks):
         place = permutation(keys[block], keys[blocks + block], keys[2 * blocks + block], size)
-        b = torch.diag(torch.tensor([1.0 - 2 * (word % 2) for word in bits[block * size : (block + 1) * size]]).double())
+        b = torch.diag(torch.tensor(signs[block * size : (block + 1) * size]).double())
         g = torch.diag(torch.tensor(gauss[block * size : (block + 1) * size], dtype=torch.float64))
         pi = torch.zeros(size, size, dtype=torch.float64)
         pi[torch.arange(size), torch.tensor(place)] = 1
@@ -112,11 +112,11 @@ def _subspace(module: Any, d: Tensor) -> Tensor:
 CASES = [
     Case(cat.Subspace(3), (4, 5), _subspace, bump, latents=((3,),), nodes=5),
     Case(cat.Subspace(2, seed=5), (7,), _subspace, bump, latents=((2,),), nodes=5),
-    Case(cat.Subspace(3, "sparse", seed=2), (4, 5), _subspace, bump, latents=((3,),), nodes=55),
-    Case(cat.Subspace(5, "sparse", nonzeros=3), (2, 3, 4), _subspace, bump, latents=((5,),), nodes=64),
+    Case(cat.Subspace(3, "sparse", seed=2), (4, 5), _subspace, bump, latents=((3,),), nodes=56),
+    Case(cat.Subspace(5, "sparse", nonzeros=3), (2, 3, 4), _subspace, bump, latents=((5,),), nodes=66),
     Case(cat.Subspace(2, "sparse", nonzeros=1), (9,), _subspace, bump, latents=((2,),), nodes=46),
-    Case(cat.Subspace(3, "fastfood"), (4, 5), _subspace, bump, latents=((3,),), nodes=141),
-    Case(cat.Subspace(4, "fastfood", seed=2**32 - 1), (3, 2, 3), _subspace, bump, latents=((4,),), nodes=141),
-    Case(cat.Subspace(1, "fastfood"), (7,), _subspace, bump, latents=((1,),), nodes=141),
+    Case(cat.Subspace(3, "fastfood"), (4, 5), _subspace, bump, latents=((3,),), nodes=148),
+    Case(cat.Subspace(4, "fastfood", seed=2**32 - 1), (3, 2, 3), _subspace, bump, latents=((4,),), nodes=148),
+    Case(cat.Subspace(1, "fastfood"), (7,), _subspace, bump, latents=((1,),), nodes=148),
     Case(cat.Flat(), (2, 3, 2), lambda _, v: v.reshape(2, 3, 2), latents=((12,),), exact=True, nodes=3),
 ]
