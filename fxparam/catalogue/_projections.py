@@ -66,7 +66,7 @@ class Projection(nn.Module, ABC):
         """The ``d``, ``(dim,)`` in float64, with the smallest ``|E d - target|``; ``target`` is ``(total,)`` in float64.
 
         Small matrices are decomposed. For large ones there are only products with ``E`` and its transpose, which the method of
-        conjugate gradients takes (CGLS, Björck 1996, algorithm 7.4.1): quick unless ``dim`` comes close to ``total``.
+        conjugate gradients takes (CGLS, Björck 1996, section 7.4): quick unless ``dim`` comes close to ``total``.
         """
         if self.total * self.dim > _SMALL:
             return self._conjugate_gradients(target.clone())
@@ -211,12 +211,12 @@ class Sparse(Projection):
 
 
 class Fastfood(Projection):
-    """``H G Π H B`` in blocks, one below the other (Le, Sarlós and Smola 2013, *Fastfood*, eq. 3), in ``O(total · log dim)``.
+    """``H G Π H B`` in blocks, one below the other (Le, Sarlós and Smola 2013, *Fastfood*), in ``O(total · log dim)``.
 
     A block is square, of the power of two ``n`` at and above ``dim``: signs ``B``, a permutation ``Π`` and normal numbers ``G``
-    of its own, and Walsh-Hadamard matrices ``H``. Columns beyond ``dim`` and rows beyond ``total`` are left out. ``S`` of the
-    paper, which gives the rows of a block random lengths, is left out as in Li et al. (2018, supplement S7): a subspace has no
-    use for it, and columns have norm about 1 without it.
+    of its own, and Walsh-Hadamard matrices ``H``. Columns beyond ``dim`` and rows beyond ``total`` are left out. So is ``S`` of
+    the paper, which gives the rows of a block random lengths: a subspace has no use for it, columns have norm about 1 without
+    it, and Aghajanyan, Gupta and Zettlemoyer (2021), who train language models in such subspaces, do without it as well.
     """
 
     def __init__(self, total: int, dim: int, seed: int, device: torch.device) -> None:
@@ -311,13 +311,12 @@ def make_projection(
         dtype: of what it keeps.
 
     Raises:
-        SpecError: it has more random numbers than the generator.
+        SpecError: it needs more random numbers than the generator has.
     """
-    count = total * dim if kind == "dense" else total + power_above(dim)
-    if kind != "dense" and count > LIMIT:
-        raise SpecError(f"subspace: got {total} elements; expected at most {LIMIT - power_above(dim)}")
     if kind == "dense":
         return Dense(total, dim, seed, device, dtype)
+    if total + power_above(dim) > LIMIT:
+        raise SpecError(f"subspace: got {total} elements; expected at most {LIMIT - power_above(dim)}")
     if kind == "sparse":
         return Sparse(total, dim, seed, device, min(nonzeros, dim))
     return Fastfood(total, dim, seed, device)

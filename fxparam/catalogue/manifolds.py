@@ -26,7 +26,7 @@ from fxparam.catalogue._image import (
     widened,
 )
 from fxparam.catalogue._orthogonal_maps import completed, orthonormalized, real_dtype, rotation
-from fxparam.catalogue.orthogonal import RETRACTIONS, OrthogonalMap, check_iterations, tall
+from fxparam.catalogue.orthogonal import RETRACTIONS, OrthogonalMap, check_iterations, check_rebasing, tall
 from fxparam.declaration import Entry
 from fxparam.errors import SpecError
 
@@ -44,24 +44,30 @@ class SpecialOrthogonal(Entry):
     Args:
         map: ``"matrix_exp"`` or ``"cayley"``.
         use_trivialization: whether to multiply with the buffer ``base``, which holds the start.
+        rebase_every: after how many optimizer steps the weight becomes the base, as of ``orthogonal``; None: never.
 
     Raises:
-        SpecError: another map; at build, the weight is not square or not floating-point.
+        SpecError: another map, ``rebase_every`` without a trivialization; at build, the weight is not square or not
+            floating-point.
     """
 
     name: ClassVar[str] = "special_orthogonal"
     map: str = "matrix_exp"
     use_trivialization: bool = True
+    rebase_every: int | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.name, "map", self.map, _ROTATIONS)
         check_flag(self.name, "use_trivialization", self.use_trivialization)
+        check_rebasing(self.name, self.rebase_every, trivialized=self.use_trivialization)
 
     def build(self, weight: Tensor) -> SpecialOrthogonalMap:
         """The map for ``(..., n, n)``."""
         check_floating(self.name, weight)
         check_matrix(self.name, weight, square=True)
-        return SpecialOrthogonalMap(weight, self.map, use_trivialization=self.use_trivialization)
+        module = SpecialOrthogonalMap(weight, self.map, use_trivialization=self.use_trivialization)
+        module.rebase_every = self.rebase_every
+        return module
 
 
 class SpecialOrthogonalMap(OrthogonalMap):
@@ -96,21 +102,24 @@ class Unitary(Entry):
         map: ``"matrix_exp"``, ``"cayley"``, ``"qr"``, ``"polar"`` or ``"newton_schulz"``, as of ``orthogonal``.
         use_trivialization: whether the first two multiply with the buffer ``base``, which holds the start.
         iterations: the steps of ``newton_schulz``, by default 25.
+        rebase_every: after how many optimizer steps the weight becomes the base, as of ``orthogonal``; None: never.
 
     Raises:
-        SpecError: another map, ``iterations`` below 1 or for another map; at build, the weight is no matrix or batch of
-            matrices, or is not complex.
+        SpecError: another map, ``iterations`` below 1 or for another map, ``rebase_every`` without a trivialization; at
+            build, the weight is no matrix or batch of matrices, or is not complex.
     """
 
     name: ClassVar[str] = "unitary"
     map: str = "matrix_exp"
     use_trivialization: bool = True
     iterations: int | None = None
+    rebase_every: int | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.name, "map", self.map, (*_ROTATIONS, *RETRACTIONS))
         check_flag(self.name, "use_trivialization", self.use_trivialization)
         check_iterations(self.name, self.map, self.iterations)
+        check_rebasing(self.name, self.rebase_every, trivialized=self.use_trivialization and self.map not in RETRACTIONS)
 
     def build(self, weight: Tensor) -> UnitaryMap:
         """The map for ``(..., m, n)``."""
@@ -120,7 +129,9 @@ class Unitary(Entry):
                 "type fxp.orthogonal(...)"
             )
         check_matrix(self.name, weight)
-        return UnitaryMap(weight, self.map, use_trivialization=self.use_trivialization, iterations=self.iterations)
+        module = UnitaryMap(weight, self.map, use_trivialization=self.use_trivialization, iterations=self.iterations)
+        module.rebase_every = self.rebase_every
+        return module
 
 
 class UnitaryMap(OrthogonalMap):
@@ -140,17 +151,20 @@ class Grassmann(Entry):
 
     Args:
         map: ``"matrix_exp"``, or ``"cayley"`` for the Cayley transform in its place.
+        rebase_every: after how many optimizer steps the weight becomes the base, as of ``orthogonal``; None: never.
 
     Raises:
-        SpecError: another map; at build, the weight is no matrix or batch of matrices, is square, or is neither
-            floating-point nor complex.
+        SpecError: another map, ``rebase_every`` below 1; at build, the weight is no matrix or batch of matrices, is square,
+            or is neither floating-point nor complex.
     """
 
     name: ClassVar[str] = "grassmann"
     map: str = "matrix_exp"
+    rebase_every: int | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.name, "map", self.map, _ROTATIONS)
+        check_rebasing(self.name, self.rebase_every, trivialized=True)
 
     def build(self, weight: Tensor) -> GrassmannMap:
         """The map for ``(..., m, n)``, ``m != n``."""
@@ -162,7 +176,9 @@ class Grassmann(Entry):
                 f"grassmann: got a square weight of shape {shape_text(weight)}, whose columns span everything; expected more "
                 "rows than columns or more columns than rows; for a square weight type fxp.orthogonal()"
             )
-        return GrassmannMap(weight, self.map)
+        module = GrassmannMap(weight, self.map)
+        module.rebase_every = self.rebase_every
+        return module
 
 
 class GrassmannMap(OrthogonalMap):
@@ -170,9 +186,9 @@ class GrassmannMap(OrthogonalMap):
 
     _origin = 0.0
 
-    def _columns(self, x: Tensor) -> Tensor:
+    def _read(self, x: Tensor) -> Tensor:
         k = x.shape[-1]
-        return super()._columns(F.pad(x[..., k:, :], (0, 0, k, 0)))
+        return F.pad(x[..., k:, :], (0, 0, k, 0))
 
 
 @dataclass(frozen=True, repr=False)

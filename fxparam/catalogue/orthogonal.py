@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fxparam.catalogue._image import (
     Constrained,
@@ -64,22 +65,28 @@ class Orthogonal(Entry):
             of ``matrix_exp`` and ``cayley`` have determinant 1. ``qr``, ``polar`` and ``newton_schulz`` never do.
         iterations: the steps of ``newton_schulz``, by default 25: orthonormal up to rounding in double precision where the
             largest singular value of the latent is at most 1000 times the smallest; each factor of 10 takes 6 steps more.
+        rebase_every: dynamic trivialization (Lezcano-Casado 2019, algorithm 1): after this many steps of an optimizer that
+            holds the latent, the weight becomes the base and the latent starts anew at zero. Momentum of the optimizer stays
+            as it is. None: never.
 
     Raises:
-        SpecError: another map, ``iterations`` below 1 or for another map; at build, the weight is no matrix or batch of
-            matrices, is neither floating-point nor complex, or is complex with ``householder``.
+        SpecError: another map, ``iterations`` below 1 or for another map, ``rebase_every`` without a trivialization; at
+            build, the weight is no matrix or batch of matrices, is neither floating-point nor complex, or is complex with
+            ``householder``.
     """
 
     name: ClassVar[str] = "orthogonal"
     map: str | None = None
     use_trivialization: bool = True
     iterations: int | None = None
+    rebase_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.map is not None:
             check_choice(self.name, "map", self.map, (*MOVES, *RETRACTIONS))
         check_flag(self.name, "use_trivialization", self.use_trivialization)
         check_iterations(self.name, self.map, self.iterations)
+        check_rebasing(self.name, self.rebase_every, trivialized=self.use_trivialization and self.map not in RETRACTIONS)
 
     def build(self, weight: Tensor) -> OrthogonalMap:
         """The map for ``(..., m, n)``."""
@@ -90,7 +97,25 @@ class Orthogonal(Entry):
         chosen = self.map or ("matrix_exp" if square or weight.is_complex() else "householder")
         if weight.is_complex() and chosen == "householder":
             raise SpecError('orthogonal: got map="householder" for a complex weight; expected "matrix_exp" or "cayley"')
-        return OrthogonalMap(weight, chosen, use_trivialization=self.use_trivialization, iterations=self.iterations)
+        module = OrthogonalMap(weight, chosen, use_trivialization=self.use_trivialization, iterations=self.iterations)
+        module.rebase_every = self.rebase_every
+        return module
+
+
+def check_rebasing(name: str, every: Any, *, trivialized: bool) -> None:
+    """Refuse an interval that is none, or is given where there is no base.
+
+    Raises:
+        SpecError: as above.
+    """
+    if every is None:
+        return
+    check_integer(name, "rebase_every", every, least=1)
+    if not trivialized:
+        raise SpecError(
+            f"{name}: got rebase_every={every} without a base to change; leave it out, or type use_trivialization=True with "
+            f"one of the maps {', '.join(map(repr, MOVES))}"
+        )
 
 
 def check_iterations(name: str, map: str | None, iterations: Any) -> None:
@@ -115,6 +140,8 @@ class OrthogonalMap(Constrained):
 
     constraint = "orthonormality (the largest |element| of WᴴW - I)"
     base: Tensor | None
+    rebase_every: int | None = None
+    """After how many optimizer steps the weight becomes the base; the runtime of a model counts them."""
     _origin: ClassVar[float] = -1.0
     """The diagonal of a latent that stands for the base: torch's signs of the householder map; the others do not read it."""
 
@@ -134,8 +161,13 @@ class OrthogonalMap(Constrained):
             q = widened(self.base) @ q
         return stored(q.mT if wide else q, latent.dtype)
 
+    def _read(self, x: Tensor) -> Tensor:
+        """The part of the tall ``x`` that counts."""
+        return x
+
     def _columns(self, x: Tensor) -> Tensor:
         """Orthonormal columns from the tall ``x``."""
+        x = self._read(x)
         if self.map in ("matrix_exp", "cayley"):
             return rotation(x, self.map)
         if self.map == "newton_schulz":
@@ -162,14 +194,35 @@ class OrthogonalMap(Constrained):
         q = tall(weight)
         if self.base is not None:
             self.base.copy_(completed(q))
-            latent = torch.zeros_like(q)
-            latent.diagonal(dim1=-2, dim2=-1).fill_(self._origin)
+            latent = self._at_base(q)
         elif self.map == "householder":
             latent = inverse_reflections(widened(q))
         else:
             latent = self._inverse_rotation(q, weight)
         latent = latent.to(weight.dtype)
         return (latent.mT if q is not weight else latent).contiguous()
+
+    def _at_base(self, x: Tensor) -> Tensor:
+        """The tall latent, of the shape of ``x``, that stands for the base."""
+        latent = torch.zeros_like(x)
+        latent.diagonal(dim1=-2, dim2=-1).fill_(self._origin)
+        return latent
+
+    @torch.no_grad()
+    def rebase(self, latent: Tensor) -> Tensor:
+        """Makes the weight the base, and returns the latent that then stands for it, of the same shape.
+
+        The whole rotation moves into the base, also the columns that the weight has not: nothing is drawn, so that equal
+        replicas of a model stay equal. The product is orthonormalized, so that rounding does not add up.
+        """
+        assert self.base is not None
+        x = tall(latent)
+        n, k = x.shape[-2:]
+        whole = F.pad(self._read(widened(x)), (0, n - k))
+        q = reflections(whole) if self.map == "householder" else rotation(whole, self.map)
+        self.base.copy_(orthonormalized(widened(self.base) @ q))
+        start = self._at_base(x)
+        return (start.mT if x is not latent else start).contiguous()
 
     def _inverse_rotation(self, q: Tensor, weight: Tensor) -> Tensor:
         wide = q.to(torch.complex128 if q.is_complex() else torch.float64)
@@ -236,7 +289,8 @@ class OrthogonalMap(Constrained):
     def extra_repr(self) -> str:
         """The options."""
         steps = f", iterations={self.iterations}" if self.map == "newton_schulz" else ""
-        return f"map={self.map!r}, use_trivialization={self.base is not None}{steps}"
+        every = f", rebase_every={self.rebase_every}" if self.rebase_every else ""
+        return f"map={self.map!r}, use_trivialization={self.base is not None}{steps}{every}"
 
 
 def tall(weight: Tensor) -> Tensor:

@@ -282,7 +282,8 @@ class Runtime:
         """An optimizer stepped; see ``fxparam.runtime.steps``.
 
         Maps that change their base do so now. It may be that latents have been written which it does not hold: unknown tensors
-        may be flat or master copies of ours, and a model that no optimizer has trained so far may follow another one (target networks, averages).
+        may be flat or master copies of ours, and a model that no optimizer has trained so far may follow another one (target
+        networks, averages).
         """
         self._rebasing.after_step(held)
         own = any(not held.isdisjoint(map(id, entry.sources)) for entry in self._entries.values())

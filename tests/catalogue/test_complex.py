@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue.cases import CASES, Case
+from catalogue.cases import CASES, COMPLEX_ONLY, Case
 from torch import Tensor
 
 from fxparam.declaration import Entry
 from fxparam.errors import SpecError
 
-COMPLEX = [case for case in CASES if case.complex]
+COMPLEX = [case for case in CASES if case.complex] + COMPLEX_ONLY
 every = pytest.mark.parametrize("case", COMPLEX, ids=str)
 DTYPE = torch.complex128
 

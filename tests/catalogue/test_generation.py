@@ -185,9 +185,9 @@ def test_ingredients_are_copied() -> None:
         (lambda: Mixture([]), r"mixture: got checkpoints=\[\]; expected a list of state dicts, paths or tensors"),
         (lambda: Mixture("a.pt"), r"mixture: got checkpoints='a.pt'; expected a list"),
         (lambda: Mixture(torch.ones(2, 2)), r"mixture: got checkpoints=tensor of shape \(2, 2\); expected a list"),  # type: ignore[arg-type]
-        (lambda: Mixture([3]), r"mixture: got the checkpoint 3; expected a state dict, a path, a tensor, or nested lists"),  # type: ignore
+        (lambda: Mixture([3]), r"mixture: got the checkpoint 3; expected a state dict, a path, a tensor, or nested lists"),  # type: ignore[list-item]
         (lambda: Mixture([["a"]]), r"mixture: got 'a' in a checkpoint; expected a tensor, or nested lists of numbers"),
-        (lambda: Mixture([[1.0]], normalize="yes"), r"mixture: got normalize='yes'; expected True or False"),  # type: ignore
+        (lambda: Mixture([[1.0]], normalize="yes"), r"mixture: got normalize='yes'; expected True or False"),  # type: ignore[arg-type]
         (lambda: Mixture([[1.0]], normalize=True, origin=True), r"steps of sum 1 cancel the origin: give one of them"),
     ],
 )

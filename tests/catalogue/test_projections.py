@@ -359,8 +359,13 @@ def test_places_have_projections_of_their_own(kind: str) -> None:
         f"{layer}.parametrizations.weight.0.{label}.seed": zlib.crc32(f"{layer}.weight".encode(), 9) for layer in ("one", "two")
     }
     again = fxp.transform(Net(), {"*.weight": fxp.subspace(4, kind, seed=10)})
-    again.load_state_dict(model.state_dict())
     x = torch.randn(3, 20)
+    with torch.no_grad():
+        for latent in model.parameters():
+            latent.add_(1)
+    # Also where weights of another projection have been computed already.
+    assert not torch.allclose(again(x), model(x))
+    again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), model(x))
 
 
