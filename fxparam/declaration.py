@@ -82,10 +82,12 @@ class Place:
     Attributes:
         names: their dotted names, in the order of the weights.
         owners: for each, the module that holds it (the first of several).
+        shape: of what the step of the chain has to yield there, which is not always that of the weight; ``()`` for several.
     """
 
     names: tuple[str, ...]
     owners: tuple[nn.Module, ...]
+    shape: tuple[int, ...] = ()
 
 
 class Entry(Declaration):
@@ -94,8 +96,8 @@ class Entry(Declaration):
     name: ClassVar[str]
     """The name in ``fxp.<name>`` and in spec files."""
 
-    def placed(self, place: Place) -> Entry:
-        """The entry for one place in a model, where an option left open depends on it (its layer, its name)."""
+    def placed(self, place: Place) -> Declaration:
+        """The entry, or a chain, for one place in a model, where what is left open depends on it (its layer, its name)."""
         return self
 
     @abstractmethod

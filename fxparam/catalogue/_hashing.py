@@ -23,7 +23,8 @@ LIMIT = 1 << 32
 _FIRST = 0x7FEB352D
 _SECOND = 0x846CA68B - LIMIT  # the same factor modulo 2³²
 _OTHER = 0x31848BAB
-_WIDTH = 4096
+WIDTH = 4096
+"""Where a draw may start: at multiples of this."""
 
 Word = TypeVar("Word", Tensor, int)
 """A number from 0 to 2³² - 1, or an int64 tensor of such."""
@@ -45,30 +46,31 @@ def mixed(word: Word, key: Word | None = None) -> Word:
     return word ^ (word >> 16)
 
 
-def random_bits(seed: Tensor, stream: int, count: int) -> Tensor:
+def random_bits(seed: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
     """``(count,)`` words.
 
     Args:
         seed: int64, ``()``, a word.
         stream: which of the sequences of this seed, from 0.
-        count: how many, at most ``LIMIT``.
+        count: how many.
+        start: the position of the first, a multiple of ``WIDTH``; none may be beyond ``LIMIT``.
     """
     first = mixed(seed ^ mixed(stream + 1))
     second = first * _OTHER & MASK
-    width = min(_WIDTH, power_above(count))
+    width = min(WIDTH, power_above(count))
     # A counter of all positions would depend on nothing, and be kept as a constant; with the key in it, it is computed anew.
-    start = (torch.arange(-(-count // width), device=seed.device) * width) ^ first
-    counter = start.unsqueeze(-1) ^ torch.arange(width, device=seed.device)
+    row = torch.arange(start, start + count, width, device=seed.device) ^ first
+    counter = row.unsqueeze(-1) ^ torch.arange(width, device=seed.device)
     return mixed(counter, second).flatten()[:count]
 
 
 def signs(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(2 count,)`` numbers -1 and 1 from the lowest two bits of ``(count,)`` words."""
-    return 1 - 2 * torch.cat([(bits & 1).to(dtype), (bits >> 1 & 1).to(dtype)])
+    """``(..., 2 count)`` numbers -1 and 1 from the lowest two bits of ``(..., count)`` words."""
+    return 1 - 2 * torch.cat([(bits & 1).to(dtype), (bits >> 1 & 1).to(dtype)], dim=-1)
 
 
 def normals(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(2 count,)`` standard normal numbers from the upper 30 bits of ``(count,)`` words (Box and Muller 1958).
+    """``(..., 2 count)`` standard normal numbers from the upper 30 bits of ``(..., count)`` words (Box and Muller 1958).
 
     A radius and an angle of 15 bits each make two; none exceeds 4.71 in absolute value.
 
@@ -79,7 +81,7 @@ def normals(bits: Tensor, dtype: torch.dtype) -> Tensor:
     # Exact in float32, and never 0 or 1.
     radius, angle = ((part.to(dtype) + 0.5) * 2**-15 for part in (bits >> 17, bits >> 2 & 0x7FFF))
     radius, angle = (-2 * radius.log()).sqrt(), 2 * math.pi * angle
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
 
 
 def power_above(count: int) -> int:

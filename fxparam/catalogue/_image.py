@@ -13,7 +13,6 @@ from fxparam.declaration import Latents, Parametrization
 from fxparam.errors import ImageError, SpecError
 
 _HALF = (torch.float16, torch.bfloat16)
-_REMEDY = "; type model.assign(name, weight, project=True) to start from its projection"
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -120,6 +119,9 @@ class Constrained(Parametrization):
     constraint: str
     """What the weights satisfy, as errors say it."""
 
+    remedy: str = "; type model.assign(name, weight, project=True) to start from its projection"
+    """What to do about a weight that does not, as errors say it."""
+
     _like: Tensor
 
     def __init__(self, weight: Tensor) -> None:
@@ -184,11 +186,11 @@ class Constrained(Parametrization):
                 "repair the weight first"
             )
 
-    def refusal(self, weight: Tensor, reason: str, remedy: str = _REMEDY) -> ImageError:
+    def refusal(self, weight: Tensor, reason: str, remedy: str = "") -> ImageError:
         """The error for a weight outside the image."""
         return ImageError(
             f"{type(self).__name__}: a weight of shape {shape_text(weight)}, {weight.dtype}, is not in the image: "
-            f"{reason}{remedy}"
+            f"{reason}{remedy or self.remedy}"
         )
 
     def normal(self, *shape: int, generator: torch.Generator | None) -> Tensor:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxparam.catalogue._hashing import LIMIT, MASK, normals, power_above, random_bits, signs
+from fxparam.catalogue._hashing import LIMIT, MASK, WIDTH, normals, power_above, random_bits, signs
 from fxparam.catalogue._image import computing_dtype, stored, widened
 from fxparam.errors import SpecError
 
 _SMALL = 1 << 22
 _MOST_ITERATIONS = 1000
+_PIECE = 1 << 20
+_MOST_PIECES = 8
 
 
 class Projection(nn.Module, ABC):
@@ -186,14 +188,18 @@ class Sparse(Projection):
         """``E d``: sums of elements of ``d`` and ``-d``."""
         scaled = [part * (part.numel() / self.total) ** 0.5 for part in latent.split(self._sizes())]
         signed = [torch.cat([part, -part]) for part in scaled]
-        return reduce(torch.add, (both.index_select(0, at) for both, at in zip(signed, self._digits(), strict=True)))
+        return torch.cat([self._piece(signed, start, stop) for start, stop in pieces(self.total)])
+
+    def _piece(self, signed: list[Tensor], start: int, stop: int) -> Tensor:
+        digits = self.digits(start, stop)
+        return reduce(torch.add, (both.index_select(0, at) for both, at in zip(signed, digits, strict=True)))
 
     def _sizes(self) -> list[int]:
         bounds = [number * self.dim // self.nonzeros for number in range(self.nonzeros + 1)]
         return [high - low for low, high in pairwise(bounds)]
 
-    def _digits(self) -> list[Tensor]:
-        """For each group, which of its columns and their negatives each row reads: int32, ``(total,)``.
+    def digits(self, start: int, stop: int) -> list[Tensor]:
+        """For each group, which of its columns and their negatives each of these rows reads: int32, ``(stop - start,)``.
 
         A word is a binary fraction, and its digits in any base are random: one word serves as many groups as its bits allow.
         """
@@ -202,7 +208,7 @@ class Sparse(Projection):
         for size in self._sizes():
             left //= 2 * size
             if left == 0:
-                fraction, left = random_bits(self.seed, stream, self.total), self._RADIX // (2 * size)
+                fraction, left = random_bits(self.seed, stream, stop - start, start), self._RADIX // (2 * size)
                 stream += 1
             product = fraction * (2 * size)
             digits.append((product >> 32).to(torch.int32))
@@ -213,10 +219,11 @@ class Sparse(Projection):
 class Fastfood(Projection):
     """``H G Π H B`` in blocks, one below the other (Le, Sarlós and Smola 2013, *Fastfood*), in ``O(total · log dim)``.
 
-    A block is square, of the power of two ``n`` at and above ``dim``: signs ``B``, a permutation ``Π`` and normal numbers ``G``
-    of its own, and Walsh-Hadamard matrices ``H``. Columns beyond ``dim`` and rows beyond ``total`` are left out. So is ``S`` of
-    the paper, which gives the rows of a block random lengths: a subspace has no use for it, columns have norm about 1 without
-    it, and Aghajanyan, Gupta and Zettlemoyer (2021), who train language models in such subspaces, do without it as well.
+    A block is square, of the power of two ``n`` at and above ``dim``, at least 2: signs ``B``, a permutation ``Π`` and normal
+    numbers ``G`` of its own, and Walsh-Hadamard matrices ``H``. Columns beyond ``dim`` and rows beyond ``total`` are left out.
+    So is ``S`` of the paper, which gives the rows of a block random lengths: a subspace has no use for it, columns have norm
+    about 1 without it, and Aghajanyan, Gupta and Zettlemoyer (2021), who train language models in such subspaces, do without
+    it as well.
     """
 
     def __init__(self, total: int, dim: int, seed: int, device: torch.device) -> None:
@@ -229,41 +236,61 @@ class Fastfood(Projection):
 
     def forward(self, latent: Tensor) -> Tensor:
         """``E d``, from the right to the left of the product."""
-        size = self._size()
-        sign, gauss = self._diagonals(latent.dtype)
+        size, small = self._size(), hadamard(latent)
         padded = F.pad(latent * (self.total * size) ** -0.5, (0, size - self.dim))
-        small = hadamard(latent)
-        spread = walsh_hadamard(sign * padded, small).gather(1, self.permutations())
-        return walsh_hadamard(gauss * spread, small).flatten()[: self.total]
+        keys = self._keys()
+        made = [
+            self._piece(padded, small, keys[start // size : stop // size], start)
+            for start, stop in pieces(self._blocks() * size, max(size, 2 * WIDTH))
+        ]
+        return torch.cat(made)[: self.total]
+
+    def _piece(self, padded: Tensor, small: Tensor, keys: Tensor, start: int) -> Tensor:
+        """The blocks of these keys, the first of them at the row ``start``."""
+        size = self._size()
+        # Two numbers for each word: signs from its lowest bits, normal numbers from the others.
+        bits = random_bits(self.seed, 0, len(keys) * size // 2, start // 2).view(-1, size // 2)
+        sign, gauss = signs(bits, padded.dtype), normals(bits, padded.dtype)
+        spread = walsh_hadamard(sign * padded, small).gather(1, self.permutations(keys))
+        return walsh_hadamard(gauss * spread, small).flatten()
 
     def _size(self) -> int:
-        return power_above(self.dim)
+        return max(2, power_above(self.dim))
 
     def _blocks(self) -> int:
         return -(-self.total // self._size())
 
-    def _diagonals(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``B`` and ``G``, ``(blocks, n)``: the lowest bits and the upper bits of the same words."""
-        blocks, size = self._blocks(), self._size()
-        count = blocks * size
-        bits = random_bits(self.seed, 0, (count + 1) // 2)
-        pair = (signs(bits, dtype), normals(bits, dtype))
-        sign, gauss = (numbers[:count].view(blocks, size) for numbers in pair)
-        return sign, gauss
+    def _keys(self) -> Tensor:
+        """What the permutations differ by, ``(blocks, 3, 1)``."""
+        return random_bits(self.seed, 1, 3 * self._blocks()).view(-1, 3, 1)
 
-    def permutations(self) -> Tensor:
+    def permutations(self, keys: Tensor | None = None) -> Tensor:
         """``Π`` as positions, int64, ``(blocks, n)``: a bijection of ``log₂ n`` bits for each block, without sorting.
 
         Adding, multiplying by an odd number and folding the upper half of the bits into the lower one can each be undone.
+
+        Args:
+            keys: those of the blocks; None: all blocks.
         """
-        blocks, size = self._blocks(), self._size()
-        keys = random_bits(self.seed, 1, 3 * blocks).view(3, blocks, 1)
-        first, shift, second = keys.unbind()
+        first, shift, second = (self._keys() if keys is None else keys).unbind(1)
+        size = self._size()
         mask, half = size - 1, size.bit_length() // 2
-        position = (torch.arange(size, device=keys.device) * ((first | 1) & mask) + shift) & mask
+        position = (torch.arange(size, device=first.device) * ((first | 1) & mask) + shift) & mask
         position = position ^ (position >> half)
         position = (position * ((second | 1) & mask)) & mask
         return position ^ (position >> half)
+
+
+def pieces(total: int, unit: int = WIDTH) -> list[tuple[int, int]]:
+    """``(start, stop)`` of the pieces in which ``total`` rows are computed; each ``start`` is a multiple of ``unit``.
+
+    What lies between latent and weights is larger than the weights. In pieces of about a million rows it stays in caches and in
+    memory that the allocator has at hand, which is several times as fast. There are few of them, for each has its nodes in a
+    trace; they do not change the matrix.
+    """
+    length = max(_PIECE, -(-total // _MOST_PIECES))
+    length = -(-length // unit) * unit
+    return [(start, min(start + length, total)) for start in range(0, total, length)]
 
 
 def walsh_hadamard(x: Tensor, small: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ The start is kept as the buffer ``base``, ``W0``, in the weight's dtype; with ``
 float32, and the weight is computed in float32 and stored as ``W0`` is. Latents are named in peft's order: ``original0`` is
 ``A`` of shape ``(..., rank, n)``, ``original1`` is ``B`` of shape ``(..., m, rank)``, and ``original2`` DoRA's magnitude.
 Training starts as in peft, at ``B = 0`` and a random ``A``, with the weight as it was. The latents train, whether the weight
-was frozen before or not; ``W0`` is no parameter.
+was frozen before or not; ``W0`` is no parameter. The kernel of a convolution is taken for a matrix, outputs times all else, as
+in peft: ``lora(2)`` is ``lora(2) >> from_matrix()`` there.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from fxparam.catalogue._image import (
     stored,
     widened,
 )
+from fxparam.catalogue._layers import is_kernel, output_dim
 from fxparam.catalogue.rank import check_rank, spectral_rounding
-from fxparam.declaration import Entry
+from fxparam.catalogue.sharing import FromMatrix
+from fxparam.declaration import Chain, Declaration, Entry, Place
 from fxparam.errors import SpecError
 
 
@@ -54,6 +57,10 @@ class Lora(Entry):
     def __post_init__(self) -> None:
         _check_options(self)
 
+    def placed(self, place: Place) -> Declaration:
+        """For the kernel of a convolution: that of a matrix, outputs times all else."""
+        return Chain((self, FromMatrix(output_dim(place)))) if is_kernel(place) else self
+
     def build(self, weight: Tensor) -> LoraMap:
         """The map for ``(..., m, n)``, which keeps the values of ``weight``."""
         check_rank(self.name, weight, self.rank)
@@ -64,6 +71,10 @@ class LoraMap(Constrained):
     """``(A, B)`` to ``W0 + scaling · B A``: ``W0`` plus a matrix of rank at most ``rank``."""
 
     constraint = "the rank of W - W0"
+    remedy = (
+        "; load the weight before transform, so that it becomes W0, or type model.assign(name, weight, project=True) for the "
+        "nearest"
+    )
     adapts = True
     base: Tensor
 
@@ -165,6 +176,10 @@ class Dora(Entry):
     def __post_init__(self) -> None:
         _check_options(self)
         check_flag(self.name, "detach_norm", self.detach_norm)
+
+    def placed(self, place: Place) -> Declaration:
+        """For the kernel of a convolution: that of a matrix, outputs times all else."""
+        return Chain((self, FromMatrix(output_dim(place)))) if is_kernel(place) else self
 
     def build(self, weight: Tensor) -> DoraMap:
         """The map for ``(..., m, n)``, which keeps the values of ``weight``."""

@@ -25,8 +25,9 @@ from fxparam.catalogue._image import (
     stored,
     widened,
 )
+from fxparam.catalogue._layers import output_dim
 from fxparam.catalogue.norms import Normalized
-from fxparam.catalogue.spectral import as_matrix, output_dim
+from fxparam.catalogue.spectral import as_matrix
 from fxparam.declaration import Entry, Place
 from fxparam.errors import SpecError
 

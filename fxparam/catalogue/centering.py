@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,7 +24,8 @@ from fxparam.catalogue._image import (
     stored,
     widened,
 )
-from fxparam.declaration import Entry, Latents
+from fxparam.catalogue._layers import output_dim
+from fxparam.declaration import Entry, Latents, Place
 from fxparam.errors import SpecError
 
 Dims = int | Sequence[int] | None
@@ -63,12 +64,18 @@ def _dims(name: str, weight: Tensor, dim: Dims) -> tuple[int, ...]:
     return tuple(sorted(dims))
 
 
+def _behind_outputs(place: Place) -> tuple[int, ...]:
+    """All dimensions but that of the outputs."""
+    return tuple(dim for dim in range(len(place.shape)) if dim != output_dim(place))
+
+
 @dataclass(frozen=True, repr=False)
 class Centered(Entry):
     """``W = X - mean(X)``: zero mean over some dimensions.
 
     Args:
-        dim: the dimension or dimensions of the mean; None: all but the first, so that each output has zero mean.
+        dim: the dimension or dimensions of the mean; None: all but that of the outputs, so that each output has zero mean: the
+            second in transposed convolutions, else the first.
 
     Raises:
         SpecError: ``dim`` is no integer or sequence of some; at build, the weight has no such dimension or is neither
@@ -80,6 +87,10 @@ class Centered(Entry):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dim", _check_dims(self.name, self.dim))
+
+    def placed(self, place: Place) -> Centered:
+        """With the dimensions behind an output of this layer, where none are given."""
+        return replace(self, dim=_behind_outputs(place)) if self.dim is None and output_dim(place) else self
 
     def build(self, weight: Tensor) -> CenteredMap:
         """The map for a weight that has these dimensions."""
@@ -142,7 +153,7 @@ class Standardized(Entry):
     deviation, divided by ``n`` as in the paper, not by ``n - 1``.
 
     Args:
-        dim: the dimension or dimensions of the mean; None: all but the first, so that each output is standardized.
+        dim: the dimension or dimensions of the mean; None: all but that of the outputs, so that each output is standardized.
         gain: whether there is a second latent ``g``, one number for each slice (Brock et al. 2021 train one, too). With
             it the weights are all those of zero mean, without it ``g`` is 1.
         eps: what is added to the variance, above 0. It bounds the gradient where a slice is constant, and so the variance
@@ -163,6 +174,10 @@ class Standardized(Entry):
         check_number(self.name, "eps", self.eps)
         if self.eps <= 0:
             raise SpecError(f"standardized: got eps={self.eps!r}; expected a number above 0")
+
+    def placed(self, place: Place) -> Standardized:
+        """With the dimensions behind an output of this layer, where none are given."""
+        return replace(self, dim=_behind_outputs(place)) if self.dim is None and output_dim(place) else self
 
     def build(self, weight: Tensor) -> StandardizedMap:
         """The map for a weight that has these dimensions."""

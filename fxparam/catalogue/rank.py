@@ -20,9 +20,11 @@ from fxparam.catalogue._image import (
     stored,
     widened,
 )
+from fxparam.catalogue._layers import is_kernel, output_dim
 from fxparam.catalogue.elementwise import inverse_softplus
 from fxparam.catalogue.orthogonal import Orthogonal
-from fxparam.declaration import Entry
+from fxparam.catalogue.sharing import FromMatrix
+from fxparam.declaration import Chain, Declaration, Entry, Place
 from fxparam.errors import SpecError
 
 
@@ -107,6 +109,10 @@ class LowRank(Entry):
     def __post_init__(self) -> None:
         check_integer(self.name, "rank", self.rank, least=1)
 
+    def placed(self, place: Place) -> Declaration:
+        """For the kernel of a convolution: that of a matrix, outputs times all else."""
+        return Chain((self, FromMatrix(output_dim(place)))) if is_kernel(place) else self
+
     def build(self, weight: Tensor) -> LowRankMap:
         """The map for ``(..., m, n)``."""
         check_rank(self.name, weight, self.rank)
@@ -168,6 +174,10 @@ class FixedRank(Entry):
 
     def __post_init__(self) -> None:
         check_integer(self.name, "rank", self.rank, least=1)
+
+    def placed(self, place: Place) -> Declaration:
+        """For the kernel of a convolution: that of a matrix, outputs times all else."""
+        return Chain((self, FromMatrix(output_dim(place)))) if is_kernel(place) else self
 
     def build(self, weight: Tensor) -> FixedRankMap:
         """The map for ``(..., m, n)``."""

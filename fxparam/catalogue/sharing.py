@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fxparam.catalogue._image import Unconstrained, check_dim, check_filled, check_integer, shape_text
-from fxparam.declaration import Entry
+from fxparam.catalogue._layers import output_dim
+from fxparam.declaration import Entry, Place
 from fxparam.errors import SpecError
 
 
@@ -73,25 +74,30 @@ class FromMatrix(Entry):
     The latent has the shape ``(size of dim, product of the other sizes)``; any dtype.
 
     Args:
-        dim: the dimension of the weight that becomes the rows of the matrix; 1 for the outputs of a transposed
-            convolution.
+        dim: the dimension of the weight that becomes the rows of the matrix. None: the outputs of the layer, 1 in transposed
+            convolutions, else 0 (also without a layer).
 
     Raises:
         SpecError: ``dim`` is no integer; at build, the weight has no such dimension, no second one or no elements.
     """
 
     name: ClassVar[str] = "from_matrix"
-    dim: int = 0
+    dim: int | None = None
 
     def __post_init__(self) -> None:
-        check_integer(self.name, "dim", self.dim)
+        if self.dim is not None:
+            check_integer(self.name, "dim", self.dim)
+
+    def placed(self, place: Place) -> FromMatrix:
+        """With the dimension of the outputs of this layer, where none is given."""
+        return self if self.dim is not None else replace(self, dim=output_dim(place))
 
     def build(self, weight: Tensor) -> FromMatrixMap:
         """The map for a weight of at least two dimensions."""
         if weight.ndim < 2:
             raise SpecError(f"from_matrix: got a weight of shape {shape_text(weight)}; expected at least two dimensions")
         check_filled(self.name, weight)
-        return FromMatrixMap(weight, check_dim(self.name, weight, self.dim))
+        return FromMatrixMap(weight, check_dim(self.name, weight, self.dim or 0))
 
 
 class FromMatrixMap(Unconstrained):

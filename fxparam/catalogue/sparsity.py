@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,8 @@ from fxparam.catalogue._image import (
     shape_text,
     widened,
 )
-from fxparam.declaration import Entry
+from fxparam.catalogue._layers import input_dim, place_seed
+from fxparam.declaration import Entry, Place
 from fxparam.errors import SpecError
 
 Pattern = Tensor | Sequence[Any]
@@ -35,7 +36,8 @@ class Mask(Entry):
         density: the fraction of elements (with ``dim``: of slices) to keep, in ``(0, 1]``; at least one is kept.
         by: ``"magnitude"`` keeps the largest absolute values of the weight (of slices, norms; ties: the first),
             ``"random"`` any.
-        seed: for ``"random"``; the pattern does not depend on the device.
+        seed: for ``"random"``, from 0 to 2³² - 1; the pattern does not depend on the device. In a model, each weight gets its
+            own: the seed becomes ``zlib.crc32(name, seed)`` with the name of the weight.
         keep: instead of a density, the pattern: a tensor or nested lists, nonzero where an element is kept, of the
             weight's shape or one that broadcasts to it. It is copied.
         dim: keep or drop whole slices, one for each index of this dimension (structured pruning, as
@@ -58,7 +60,9 @@ class Mask(Entry):
 
     def __post_init__(self) -> None:
         check_choice(self.name, "by", self.by, ("magnitude", "random"))
-        check_integer(self.name, "seed", self.seed)
+        check_integer(self.name, "seed", self.seed, least=0)
+        if self.seed >= 2**32:
+            raise SpecError(f"mask: got seed={self.seed}; expected an integer below 2**32")
         self._check_slices()
         if (self.density is None) == (self.keep is None):
             given = "neither" if self.density is None else "both"
@@ -84,6 +88,10 @@ class Mask(Entry):
         check_integer(self.name, "dim", self.dim)
         if self.keep is not None:
             raise SpecError(f"mask: got dim={self.dim} beside keep; type a pattern that broadcasts to the weight's shape")
+
+    def placed(self, place: Place) -> Mask:
+        """With the seed of this place."""
+        return replace(self, seed=place_seed(self.seed, place)) if self.by == "random" else self
 
     def build(self, weight: Tensor) -> MaskMap:
         """The map for ``weight``, whose values decide the pattern under ``by="magnitude"``."""
@@ -181,7 +189,8 @@ class SemiStructured(Entry):
     Args:
         n: how many to keep, from 1 to ``m``.
         m: the length of a group.
-        dim: the dimension along which elements are consecutive; its size must be a multiple of ``m``.
+        dim: the dimension along which elements are consecutive; its size must be a multiple of ``m``. None: the inputs of the
+            layer, 0 in transposed convolutions, else 1 (also without a layer).
 
     Raises:
         SpecError: an option out of range; at build, the weight has no such dimension, or one of another size, or is
@@ -191,24 +200,29 @@ class SemiStructured(Entry):
     name: ClassVar[str] = "semi_structured"
     n: int = 2
     m: int = 4
-    dim: int = 1
+    dim: int | None = None
 
     def __post_init__(self) -> None:
         for option in ("n", "m"):
             check_integer(self.name, option, getattr(self, option), least=1)
-        check_integer(self.name, "dim", self.dim)
+        if self.dim is not None:
+            check_integer(self.name, "dim", self.dim)
         if self.n > self.m:
             raise SpecError(f"semi_structured: got n={self.n}, m={self.m}; expected n <= m")
+
+    def placed(self, place: Place) -> SemiStructured:
+        """With the dimension of the inputs of this layer, where none is given."""
+        return self if self.dim is not None else replace(self, dim=input_dim(place))
 
     def build(self, weight: Tensor) -> MaskMap:
         """The map for ``weight``, whose values decide the pattern."""
         check_inexact(self.name, weight)
         check_filled(self.name, weight)
-        dim = check_dim(self.name, weight, self.dim)
+        dim = check_dim(self.name, weight, 1 if self.dim is None else self.dim)
         size = weight.shape[dim]
         if size % self.m:
             raise SpecError(
-                f"semi_structured: got dim={self.dim} of size {size} for a weight of shape {shape_text(weight)}; expected a "
+                f"semi_structured: got dim={dim} of size {size} for a weight of shape {shape_text(weight)}; expected a "
                 f"multiple of m={self.m}"
             )
         check_values(self.name, weight, "; load or repair the weight first")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fxparam.catalogue._image import (
@@ -23,17 +23,12 @@ from fxparam.catalogue._image import (
     stored,
     widened,
 )
+from fxparam.catalogue._layers import output_dim
 from fxparam.catalogue.norms import directed
 from fxparam.declaration import Entry, Place
 from fxparam.errors import ImageError, SpecError
 
 _INITIAL_ITERATIONS = 15  # as torch.nn.utils.parametrizations.spectral_norm
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def output_dim(place: Place) -> int:
-    """The dimension of a weight that counts the outputs of its layer: 1 in transposed convolutions, else 0."""
-    return 1 if isinstance(place.owners[0], _TRANSPOSED) else 0
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:

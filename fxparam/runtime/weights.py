@@ -72,11 +72,19 @@ class WeightAccess:
         return value[next(at for at, aliases in enumerate(site.aliases) if name in aliases)]
 
     def freeze(self, pattern: str = "*") -> list[str]:
-        """Stop training the latents behind the weights whose name fits the glob; returns their names."""
+        """Stop training what is behind the weights whose name fits the glob: latents, and parameters of their maps.
+
+        Returns:
+            The names of the tensors.
+        """
         return self._set_trainable(pattern, False)
 
     def unfreeze(self, pattern: str = "*") -> list[str]:
-        """Train the latents behind the weights whose name fits the glob; returns their names."""
+        """Train what is behind the weights whose name fits the glob: latents, and parameters of their maps.
+
+        Returns:
+            The names of the tensors.
+        """
         return self._set_trainable(pattern, True)
 
     def retract(self, pattern: str = "*") -> None:
@@ -106,10 +114,13 @@ class WeightAccess:
         self._fxp_runtime.invalidate(traces=traces)
 
     def _set_trainable(self, pattern: str, flag: bool) -> list[str]:
-        names = [name for site in self._matching(pattern) for name in site.latents]
+        names: dict[str, None] = {}
+        for site in self._matching(pattern):
+            home = self._fxp_live.get_submodule(site.home)
+            names |= dict.fromkeys((*site.latents, *(f"{site.home}.{name}" for name, _ in home.named_parameters())))
         for name in names:
             self._fxp_runtime.tensor(name).requires_grad_(flag)
-        return names
+        return list(names)
 
     def _matching(self, pattern: str) -> list[Site]:
         found = [s for s in self.sites if any(fnmatchcase(alias, pattern) for aliases in s.aliases for alias in aliases)]

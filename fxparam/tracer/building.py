@@ -7,14 +7,14 @@ built for the shape it will produce, and the latents start where the weight is k
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxparam.catalogue.joint import JointEntry
-from fxparam.declaration import Custom, Declaration, Entry, Existing, Place, Ref, check_resample
+from fxparam.declaration import Custom, Declaration, Entry, Existing, Place, Ref, check_resample, steps_of
 from fxparam.errors import ImageError, SpecError
 from fxparam.spec.resolve import Task
 from fxparam.tracer.adoption import Adopted
@@ -96,29 +96,31 @@ def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tupl
         rest = task.steps[1:]
     init = _init_of(rest)
     place = Place(tuple(row.name for row in task.rows), tuple(row.places[0][0] for row in task.rows))
-    rest = tuple(step.placed(place) if isinstance(step, Entry) else step for step in rest)
     steps: list[nn.Module] = []
+    resample: list[str | None] = []
     start = Start(target)
     for position, step in reversed(list(enumerate(rest))):
-        given = init if position == 0 else None
-        if position == 0 and isinstance(first, Ref):
-            module = _from_reads(step, reads, start) if len(rest) == 1 else _map(step, start.value, None, task.joint)[0]
-        else:
-            module, start = _step(step, start, given, task.joint)
-        steps.insert(0, module)
-    resample = [_resampling(step, module) for step, module in zip(rest, steps, strict=True)]
+        for inner in reversed(_placed(step, place, start)):
+            if position == 0 and isinstance(first, Ref):
+                module = _from_reads(inner, reads, start) if len(rest) == 1 else _map(inner, start.value, None, task.joint)[0]
+            else:
+                module, start = _step(inner, start, init if position == 0 else None, task.joint)
+            steps.insert(0, module)
+            resample.insert(0, _resampling(inner, module))
     _check_rebasing(steps[1:] if not isinstance(first, Ref | Existing) else steps)
     is_buffer = all(row.is_buffer for row in task.rows)
     if isinstance(first, Ref):
         site = SiteModule(steps, None, n_weights=len(weights), resample=resample)
         notes: tuple[str, ...] = (f"computed from {', '.join(first.targets)}",)
     elif isinstance(first, Existing) and adopted is not None:
-        inner = adopted_site(adopted)
-        latents = inner.latents if len(inner.latents) > 1 else inner.latents[0]
-        site = SiteModule([*inner, *steps], latents, is_buffer=is_buffer, resample=[*inner.resample, *resample])
+        existing = adopted_site(adopted)
+        latents = existing.latents if len(existing.latents) > 1 else existing.latents[0]
+        site = SiteModule([*existing, *steps], latents, is_buffer=is_buffer, resample=[*existing.resample, *resample])
         notes = ("latents as they were",)
     else:
         trainable = any(row.tensor.requires_grad for row in task.rows) or any(getattr(s, "adapts", None) is True for s in steps)
+        if not trainable:
+            _freeze(rest, steps)
         site = SiteModule(
             steps,
             _as_latents(start.value, trainable, is_buffer),
@@ -138,6 +140,22 @@ def _resampling(step: Declaration, module: nn.Module) -> str | None:
     if isinstance(own, str):
         check_resample(type(module).__name__, own)
     return None
+
+
+def _placed(step: Declaration, place: Place, wanted: Start) -> tuple[Declaration, ...]:
+    """A step as it is for this place."""
+    if not isinstance(step, Entry):
+        return (step,)
+    shape = tuple(wanted.value.shape) if isinstance(wanted.value, Tensor) else ()
+    return steps_of(step.placed(replace(place, shape=shape)))
+
+
+def _freeze(declared: Sequence[Declaration], steps: Sequence[nn.Module]) -> None:
+    """What computes a frozen weight is frozen, too; modules of the user's own are left as they are."""
+    own = {id(step.map) for step in declared if isinstance(step, Custom)}
+    for step in steps:
+        if id(step) not in own:
+            step.requires_grad_(False)
 
 
 def _check_rebasing(later: Sequence[nn.Module]) -> None:

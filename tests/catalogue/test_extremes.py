@@ -12,36 +12,33 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 every = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+def problem(case: Case, kind: str, dtype: torch.dtype) -> str:
+    """What is wrong at extreme latents: ``"weight"``, ``"gradient"`` or nothing."""
+    module, latents = case.build(dtype), case.extreme(kind, dtype)
+    weight = module(*latents)
+    if not (weight.isfinite().all() and module.contains(weight.detach())):
+        return "weight"
+    gradients = torch.autograd.grad(weight.sum(), latents, allow_unused=True, materialize_grads=True)
+    return "" if all(gradient.isfinite().all() for gradient in gradients) else "gradient"
+
+
 @every
 @KINDS
 @DTYPES
 def test_extreme_latents(case: Case, kind: str, dtype: torch.dtype) -> None:
-    """An exemption is itself tested: one that is not needed any more has to go."""
-    module, latents = case.build(dtype), case.extreme(kind, dtype)
-    weight = module(*latents)
-    fine = bool(weight.isfinite().all()) and module.contains(weight.detach())
     if kind in case.extremes:
         return
-    assert fine, (weight, module.distance(weight.detach()))
-    gradients = torch.autograd.grad(weight.sum(), latents, allow_unused=True, materialize_grads=True)
-    if f"{kind} gradient" not in case.extremes:
-        assert all(gradient.isfinite().all() for gradient in gradients), gradients
+    found = problem(case, kind, dtype)
+    assert not found or (found == "gradient" and f"{kind} gradient" in case.extremes), found
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.extremes], ids=str)
 def test_exemptions_are_needed(case: Case) -> None:
-    for kind in case.extremes:
-        name, _, gradient = kind.partition(" ")
-        needed = False
-        for dtype in (torch.float32, torch.float64):
-            module, latents = case.build(dtype), case.extreme(name, dtype)
-            weight = module(*latents)
-            if gradient:
-                grads = torch.autograd.grad(weight.sum(), latents, allow_unused=True, materialize_grads=True)
-                needed |= not all(grad.isfinite().all() for grad in grads)
-            else:
-                needed |= not (weight.isfinite().all() and module.contains(weight.detach()))
-        assert needed, f"{kind} works: remove the exemption"
+    """One that is not needed any more has to go; what a library's rounding decides says that it "may" be needed."""
+    for kind, reason in case.extremes.items():
+        name, _, what = kind.partition(" ")
+        found = {problem(case, name, dtype) for dtype in (torch.float32, torch.float64)}
+        assert (what or "weight") in found or " may " in reason, f"{kind} works: remove the exemption"
 
 
 def _one_each() -> list[Case]:

@@ -16,7 +16,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxparam as fxp
 from fxparam.catalogue import Subspace
 from fxparam.catalogue._hashing import mixed, normals, random_bits, signs
-from fxparam.catalogue._projections import Dense, Fastfood, Projection, Sparse, hadamard, make_projection, walsh_hadamard
+from fxparam.catalogue._projections import (
+    Dense,
+    Fastfood,
+    Projection,
+    Sparse,
+    hadamard,
+    make_projection,
+    pieces,
+    walsh_hadamard,
+)
 from fxparam.errors import ImageError, SpecError
 
 CPU = torch.device("cpu")
@@ -83,6 +92,8 @@ def test_streams_and_seeds_have_nothing_in_common() -> None:
 
 def test_a_shorter_draw_is_the_start_of_a_longer_one() -> None:
     assert torch.equal(random_bits(SEED, 1, 5000), random_bits(SEED, 1, 20000)[:5000])
+    assert torch.equal(random_bits(SEED, 1, 5000, start=8192), random_bits(SEED, 1, 20000)[8192:13192])
+    assert torch.equal(random_bits(SEED, 1, 5, start=8192), random_bits(SEED, 1, 20000)[8192:8197])
 
 
 def test_normal_numbers_have_the_moments_of_normal_numbers() -> None:
@@ -122,7 +133,7 @@ def test_extreme_words_give_finite_normal_numbers() -> None:
 # --- their parts
 
 
-@pytest.mark.parametrize("bits", range(13))
+@pytest.mark.parametrize("bits", range(1, 13))
 def test_permutations_are_bijections(bits: int) -> None:
     size = 1 << bits
     made = Fastfood(5 * size, size, 7, CPU).permutations()
@@ -197,7 +208,7 @@ def test_rows_of_a_sparse_matrix_read_one_column_of_each_group() -> None:
 def test_groups_too_large_for_one_word_draw_several() -> None:
     """Radices whose product exceeds what a word has to give."""
     matrix = Sparse(20000, 20000, 1, CPU, nonzeros=4)
-    read = torch.stack(matrix._digits()).double()
+    read = torch.stack(matrix.digits(0, 20000)).double()
     assert (torch.corrcoef(read) - torch.eye(4)).abs().max() < 5 / 20000**0.5
     assert ((read.mean(1) - 4999.5).abs() < 5 * 10000 / 12**0.5 / 20000**0.5).all()
 
@@ -205,6 +216,24 @@ def test_groups_too_large_for_one_word_draw_several() -> None:
 def test_more_nonzeros_than_dimensions_are_as_many_as_there_are() -> None:
     made: Any = Subspace(2, "sparse", nonzeros=5).build(torch.zeros(6))
     assert made.projection.nonzeros == 2 and "sparse2.seed" in made.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["sparse", "fastfood"])
+@pytest.mark.parametrize("dim", [1, 3, 100, 9000])
+def test_pieces_make_the_same_product(kind: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, latent = projection(kind, 50000, dim), torch.randn(dim, dtype=torch.float64)
+    whole = made(latent)
+    monkeypatch.setattr("fxparam.catalogue._projections._PIECE", 1)
+    assert len(pieces(50000)) == 7
+    torch.testing.assert_close(made(latent), whole, rtol=0, atol=1e-15 * dim**0.5)
+
+
+def test_pieces_cover_the_rows() -> None:
+    assert pieces(5) == [(0, 5)] and pieces(1 << 20) == [(0, 1 << 20)]
+    for total, unit in ((10_000_000, 4096), (10_010_624, 16384), (3_000_000, 8192), (1 << 32, 4096)):
+        found = pieces(total, unit)
+        assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])] and found[-1][1] == total
+        assert len(found) <= 8 and all(start % unit == 0 for start, _ in found)
 
 
 # --- the seed is all there is

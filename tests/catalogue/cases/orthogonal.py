@@ -107,7 +107,7 @@ def extremes_of(name: str, shape: tuple[int, ...]) -> dict[str, str]:
     if name == "matrix_exp" and max(shape[-2:]) > 1:
         return {"huge": "rounding grows with the norm of the latent"}
     if name == "cayley" and shape in ((5, 3), (2, 3, 3)):
-        return {"huge": "a skew matrix of odd size is singular, and rounding grows with its norm"}
+        return {"huge": "a skew matrix of odd size is singular: rounding, which grows with its norm, may show"}
     return {}
 
 

@@ -1,0 +1,162 @@
+"""What an entry learns from where its weight stands: dimensions of convolutions, seeds, what trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxparam as fxp
+
+KERNELS: dict[str, Any] = {
+    "Conv1d": lambda: nn.Conv1d(8, 12, 3),
+    "Conv2d": lambda: nn.Conv2d(8, 12, 3, groups=2),
+    "Conv3d": lambda: nn.Conv3d(8, 12, 2),
+    "ConvTranspose1d": lambda: nn.ConvTranspose1d(8, 12, 3),
+    "ConvTranspose2d": lambda: nn.ConvTranspose2d(8, 12, 3),
+    "ConvTranspose3d": lambda: nn.ConvTranspose3d(8, 12, 2),
+}
+each = pytest.mark.parametrize("name", KERNELS)
+
+
+def by_outputs(name: str, weight: Tensor) -> Tensor:
+    """The kernel as a matrix with a row for each output."""
+    return (weight.transpose(0, 1) if "Transpose" in name else weight).flatten(1)
+
+
+def made(name: str, entry: Any) -> Any:
+    torch.manual_seed(3)
+    return fxp.transform(KERNELS[name]().double(), {"weight": entry})
+
+
+@each
+def test_statistics_are_those_of_outputs(name: str) -> None:
+    for entry in (fxp.centered(), fxp.standardized()):
+        rows = by_outputs(name, made(name, entry).weight.detach())
+        assert rows.mean(1).abs().max() < 1e-12
+    torch.testing.assert_close(rows.var(1, correction=0), torch.ones(len(rows), dtype=rows.dtype), rtol=1e-4, atol=0)
+
+
+@each
+def test_groups_run_along_inputs(name: str) -> None:
+    model = made(name, fxp.semi_structured())
+    weight = model.weight.detach()
+    inputs = weight.movedim(0 if "Transpose" in name else 1, -1)
+    assert ((inputs.unflatten(-1, (-1, 4)) != 0).sum(-1) == 2).all()
+
+
+@each
+def test_matrices_have_rows_of_outputs(name: str) -> None:
+    rows = by_outputs(name, made(name, fxp.orthogonal() >> fxp.from_matrix()).weight.detach())
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(len(rows), dtype=rows.dtype))
+    bound = by_outputs(name, made(name, fxp.lipschitz(0.1)).weight.detach())
+    torch.testing.assert_close(torch.linalg.matrix_norm(bound, 2), torch.tensor(0.1, dtype=rows.dtype))
+
+
+@each
+@pytest.mark.parametrize("entry", [fxp.low_rank(2), fxp.fixed_rank(2), fxp.lora(2), fxp.dora(2)], ids=str)
+def test_ranks_are_those_of_outputs_times_all_else(name: str, entry: Any) -> None:
+    model = made(name, entry)
+    before, matrix = by_outputs(name, KERNEL_START[name]), by_outputs(name, model.weight.detach())
+    shapes = [tuple(latent.shape) for latent in model.latents().values()]
+    if entry.name in ("lora", "dora"):
+        assert shapes[:2] == [(2, matrix.shape[1]), (matrix.shape[0], 2)]
+        torch.testing.assert_close(matrix, before)
+    else:
+        assert torch.linalg.matrix_rank(matrix) == 2
+    # Said by hand it is the same.
+    twin = made(name, entry >> fxp.from_matrix())
+    assert [tuple(latent.shape) for latent in twin.latents().values()] == shapes
+    chained = made(name, entry >> fxp.mask(density=0.5))
+    assert [tuple(latent.shape) for latent in chained.latents().values()] == shapes
+
+
+def _start(name: str) -> Tensor:
+    torch.manual_seed(3)
+    return KERNELS[name]().double().weight.detach()
+
+
+KERNEL_START = {name: _start(name) for name in KERNELS}
+
+
+def test_a_batch_of_matrices_outside_of_a_convolution_is_a_batch() -> None:
+    holder = nn.Module()
+    holder.weight = nn.Parameter(torch.randn(3, 5, 4))
+    model = fxp.transform(holder, {"weight": fxp.low_rank(2)})
+    assert [tuple(latent.shape) for latent in model.latents().values()] == [(3, 5, 2), (3, 2, 4)]
+
+
+def test_the_convolutional_adapter_of_peft_is_the_same_map() -> None:
+    peft = pytest.importorskip("peft")
+    convolution = nn.Conv2d(4, 6, 3).double()
+    start = convolution.weight.detach().clone()
+    theirs = peft.get_peft_model(
+        nn.Sequential(convolution), peft.LoraConfig(target_modules=["0"], r=2, lora_alpha=3, init_lora_weights=False)
+    ).double()
+    layer = theirs.base_model.model[0]
+    plain = nn.Conv2d(4, 6, 3).double()
+    plain.load_state_dict({"weight": start, "bias": convolution.bias})
+    model = fxp.transform(plain, {"weight": fxp.lora(2, alpha=3)})
+    a, b = model.latents().values()
+    with torch.no_grad():
+        a.copy_(layer.lora_A["default"].weight.flatten(1))
+        b.copy_(layer.lora_B["default"].weight.flatten(1))
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    torch.testing.assert_close(model(x), theirs(x))
+
+
+def test_random_patterns_differ_from_layer_to_layer_and_repeat_from_run_to_run() -> None:
+    def masks() -> list[Tensor]:
+        net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+        model = fxp.transform(net, {"*.weight": fxp.mask(density=0.5, by="random")})
+        return [model.get_buffer(f"{layer}.parametrizations.weight.0.mask") for layer in range(3)]
+
+    first, again = masks(), masks()
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+
+
+@pytest.mark.parametrize("entry", [fxp.hypernetwork(), fxp.scale(trainable=True), fxp.subspace(3)], ids=str)
+def test_frozen_weights_stay(entry: Any) -> None:
+    net = nn.Linear(4, 4)
+    net.weight.requires_grad_(False)
+    model = fxp.transform(net, {"weight": entry})
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["bias"]
+
+
+@pytest.mark.parametrize("entry", [fxp.hypernetwork(), fxp.scale(trainable=True), fxp.lora(2)], ids=str)
+def test_freezing_freezes_all_that_computes_a_weight(entry: Any) -> None:
+    model = fxp.transform(nn.Linear(4, 4), {"weight": entry})
+    behind = sorted(name for name, _ in model.named_parameters() if name != "bias")
+    assert sorted(model.freeze("weight")) == behind
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    before = model.weight.detach().clone()
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+    assert sorted(model.unfreeze("weight")) == behind
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_modules_of_the_user_are_left_as_they_are() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, latent: Tensor) -> Tensor:
+            return latent * self.factor
+
+    net = nn.Linear(4, 4)
+    net.weight.requires_grad_(False)
+    own = Own()
+    fxp.transform(net, {"weight": own})
+    assert own.factor.requires_grad
+
+
+def test_a_plain_checkpoint_beside_an_adapter_is_told_to_come_earlier() -> None:
+    model = fxp.transform(nn.Linear(6, 6), {"weight": fxp.lora(2)})
+    with pytest.raises(fxp.ImageError, match=r"load the weight before transform, so that it becomes W0"):
+        model.load_state_dict(nn.Linear(6, 6).state_dict())
