@@ -89,13 +89,18 @@ def check_integer(name: str, option: str, value: Any, *, least: int | None = Non
     """Refuse an option that is no integer, or too small a one."""
     if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
         bound = "" if least is None else f" of at least {least}"
-        raise SpecError(f"{name}: got {option}={value!r}; expected an integer{bound}")
+        raise SpecError(f"{name}: got {option}={value!r}; expected an integer{bound}{_as_python(value, 'int')}")
 
 
 def check_number(name: str, option: str, value: Any) -> None:
     """Refuse an option that is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SpecError(f"{name}: got {option}={value!r}; expected a finite number")
+        raise SpecError(f"{name}: got {option}={value!r}; expected a finite number{_as_python(value, 'float')}")
+
+
+def _as_python(value: Any, kind: str) -> str:
+    """What to type where an array or a tensor holds the number."""
+    return f" of Python's own; type {kind}(...) around it" if hasattr(value, "item") else ""
 
 
 def check_flag(name: str, option: str, value: Any) -> None:

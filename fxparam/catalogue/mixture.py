@@ -58,7 +58,7 @@ class Mixture(JointEntry):
         check_flag(self.name, "origin", self.origin)
         if self.normalize and self.origin:
             raise SpecError("mixture: got normalize=True and origin=True; steps of sum 1 cancel the origin: give one of them")
-        if isinstance(self.checkpoints, str | os.PathLike | Tensor | Mapping) or not self.checkpoints:
+        if not isinstance(self.checkpoints, Sequence) or isinstance(self.checkpoints, str) or not self.checkpoints:
             raise SpecError(
                 f"mixture: got checkpoints={_described(self.checkpoints)}; expected a list of state dicts, paths or tensors"
             )

@@ -56,13 +56,11 @@ class WeightNorm(Entry):
         check_filled(self.name, weight)
         dim = -1 if self.dim is None else self.dim
         # torch's kernel reads -1 as "the whole weight", so no other negative number can mean a dimension.
-        if dim < -1:
+        if not -1 <= dim < weight.ndim:
             raise SpecError(
                 f"weight_norm: got dim={dim} for a weight of shape {shape_text(weight)}; expected "
                 f"0 <= dim < {weight.ndim}, or None for one norm of the whole weight"
             )
-        if dim != -1:
-            check_dim(self.name, weight, dim)
         return WeightNormMap(weight, dim)
 
 

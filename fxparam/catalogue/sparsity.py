@@ -160,6 +160,7 @@ class Mask(Entry):
 
 def _lists(keep: Any) -> Any:
     """Nested lists of 0 and 1."""
+    keep = keep.tolist() if hasattr(keep, "tolist") else keep
     if isinstance(keep, list | tuple):
         return [_lists(item) for item in keep]
     if keep in (0, 1):

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxparam.errors import ImageError, SpecError
 from fxparam.program import Site
 from fxparam.spec.resolve import nearest
+from fxparam.tracer.looking import retracted
 
 
 class WeightAccess:
@@ -90,6 +91,8 @@ class WeightAccess:
     def retract(self, pattern: str = "*") -> None:
         """Set the latents to ``right_inverse(forward(latents))``, against drift; the weights stay.
 
+        Of a chain of maps the first is taken, which has the latents.
+
         Raises:
             ImageError: a map has no right inverse. Sites before it in order are retracted, it and later ones are not.
         """
@@ -97,12 +100,16 @@ class WeightAccess:
             if not site.latents:
                 continue
             module: Any = self._fxp_live.get_submodule(site.home)
-            with torch.no_grad():
-                values = self._fxp_runtime.steady_values(site)
-                try:
-                    module.set_latents(module.right_inverse(values if len(values) > 1 else values[0]))
-                except ImageError as error:
-                    raise ImageError(f"{', '.join(site.names)}: {error}") from error
+            try:
+                with torch.no_grad():
+                    if len(module) > 1:
+                        latents = retracted(module)
+                    else:
+                        values = self._fxp_runtime.steady_values(site)
+                        latents = module.right_inverse(values if len(values) > 1 else values[0])
+                    module.set_latents(latents if isinstance(latents, tuple) else (latents,))
+            except ImageError as error:
+                raise ImageError(f"{', '.join(site.names)}: {error}") from error
         self.invalidate()
 
     def invalidate(self, *, traces: bool = False) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fxparam.tracer.hazards import preserved_generators
-from fxparam.tracer.site import SiteModule
+from fxparam.tracer.site import SiteModule, invert
 from fxparam.tracer.watch import is_plain
 
 _DEPTH = 6
@@ -112,6 +112,21 @@ def present_values(site: SiteModule, reads: Sequence[Tensor]) -> tuple[Tensor, .
     with looking(site, evaluate=True):
         value = site(*reads)
     return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+@torch.no_grad()
+def retracted(site: SiteModule) -> Tensor | tuple[Tensor, ...]:
+    """Latents for what the first map of a chain makes of the present ones, in eval mode.
+
+    The other maps are not asked: what they make of it may be out of the image of the first.
+
+    Raises:
+        ImageError: the first map has no right inverse; nothing was changed.
+    """
+    first = next(iter(site))
+    with looking(site, evaluate=True):
+        value = first(*site.latents)
+    return invert(first, tuple(value) if isinstance(value, list) else value, project=False)
 
 
 def _contents(state: dict[str, Any]) -> list[tuple[Any, Any]]:

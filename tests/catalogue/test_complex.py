@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue.cases import CASES, COMPLEX_ONLY, Case
+from catalogue.cases import CASES, COMPLEX_ONLY, Case, parametrized
 from torch import Tensor
 
 from fxparam.declaration import Entry
 from fxparam.errors import SpecError
 
 COMPLEX = [case for case in CASES if case.complex] + COMPLEX_ONLY
-every = pytest.mark.parametrize("case", COMPLEX, ids=str)
+every = parametrized(COMPLEX)
 DTYPE = torch.complex128
 
 
@@ -36,7 +36,7 @@ def test_value_and_gradient_equal_the_oracle(case: Case) -> None:
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", [case for case in COMPLEX if not case.gradient], ids=str)
+@parametrized(case for case in COMPLEX if not case.gradient)
 def test_gradients_are_those_of_finite_differences(case: Case) -> None:
     module = case.build(DTYPE)
     for parameter in module.parameters():
@@ -59,7 +59,7 @@ def test_image(case: Case) -> None:
             torch.testing.assert_close(module(*latents), inside, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.complex], ids=str)
+@parametrized((case for case in CASES if not case.complex), 1)
 def test_other_entries_refuse_complex_weights(case: Case) -> None:
     entry: Entry = case.entry
     if entry.name in ("orthogonal", "transpose"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from catalogue.cases import CASES, Case
+from catalogue.cases import CASES, Case, parametrized
 from catalogue.cases.common import EXTREMES
 
 KINDS = pytest.mark.parametrize("kind", EXTREMES)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-every = pytest.mark.parametrize("case", CASES, ids=str)
+every = parametrized(CASES)
 
 
 def problem(case: Case, kind: str, dtype: torch.dtype) -> str:
@@ -32,21 +32,13 @@ def test_extreme_latents(case: Case, kind: str, dtype: torch.dtype) -> None:
     assert not found or (found == "gradient" and f"{kind} gradient" in case.extremes), found
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.extremes], ids=str)
+@parametrized(case for case in CASES if case.extremes)
 def test_exemptions_are_needed(case: Case) -> None:
     """One that is not needed any more has to go; what a library's rounding decides says that it "may" be needed."""
     for kind, reason in case.extremes.items():
         name, _, what = kind.partition(" ")
         found = {problem(case, name, dtype) for dtype in (torch.float32, torch.float64)}
         assert (what or "weight") in found or " may " in reason, f"{kind} works: remove the exemption"
-
-
-def _one_each() -> list[Case]:
-    """The first case of each entry and set of options."""
-    first: dict[str, Case] = {}
-    for case in CASES:
-        first.setdefault(repr(case.entry), case)
-    return list(first.values())
 
 
 def _train(case: Case, steps: int) -> None:
@@ -65,12 +57,12 @@ def _train(case: Case, steps: int) -> None:
     assert module.contains(weight), module.distance(weight)
 
 
-@pytest.mark.parametrize("case", _one_each(), ids=str)
+@parametrized(CASES, 1)
 def test_the_constraint_holds_after_training(case: Case) -> None:
     _train(case, 300)
 
 
 @pytest.mark.exhaustive
-@every
+@parametrized(CASES, len(CASES))
 def test_the_constraint_holds_after_thousands_of_steps(case: Case) -> None:
     _train(case, 5000)

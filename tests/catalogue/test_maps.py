@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue.cases import CASES, Case
+from catalogue.cases import CASES, Case, parametrized
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxparam.catalogue._image import rounding
 from fxparam.errors import ImageError
 
-every = pytest.mark.parametrize("case", CASES, ids=str)
+every = parametrized(CASES)
 EPS = torch.finfo(torch.float64).eps
 HALF = (torch.float16, torch.bfloat16)
 
@@ -46,7 +46,7 @@ def test_value_and_gradient_equal_the_oracle(case: Case) -> None:
         close(got, wanted)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.gradient], ids=str)
+@parametrized(case for case in CASES if not case.gradient)
 def test_gradients_are_those_of_finite_differences(case: Case) -> None:
     module = case.build()
     for parameter in module.parameters():
@@ -54,7 +54,7 @@ def test_gradients_are_those_of_finite_differences(case: Case) -> None:
     assert torch.autograd.gradcheck(module, case.draw(seed=2))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.gradient and not case.second], ids=str)
+@parametrized(case for case in CASES if not case.gradient and not case.second)
 def test_second_derivatives_are_those_of_finite_differences(case: Case) -> None:
     module = case.build()
     for parameter in module.parameters():

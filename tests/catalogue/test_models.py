@@ -6,9 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from catalogue.cases import CASES, Case
+from catalogue.cases import CASES, Case, parametrized
 from torch import Tensor, nn
 
 import fxparam as fxp
@@ -33,7 +32,7 @@ def _first() -> list[Case]:
     return list(first.values())
 
 
-each = pytest.mark.parametrize("case", _first(), ids=str)
+each = parametrized(_first(), 1)
 
 
 class Holder(nn.Module):

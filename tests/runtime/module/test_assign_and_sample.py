@@ -110,3 +110,27 @@ def test_what_is_no_spec_tensor_or_transformed_model_is_refused() -> None:
         model.assign("weight", [[0, 1], [-1, 0]])  # type: ignore[arg-type]
     with pytest.raises(fxp.SpecError, match=r"no weight of this model is computed"):
         fxp.transform(nn.Linear(2, 2)).freeze()
+
+
+CHAINS: dict[str, Any] = {
+    "lora, rounded": fxp.lora(2) >> fxp.fake_quantize(),
+    "orthogonal, masked": fxp.orthogonal() >> fxp.mask(density=0.5),
+    "positive, symmetric": fxp.positive() >> fxp.symmetric(),
+    "spectral norm, scaled": fxp.spectral_norm() >> fxp.scale(0.5),
+    "noise on rotations": fxp.special_orthogonal() >> fxp.noise(0.1),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_retract_of_a_chain_asks_the_map_that_has_the_latents(name: str) -> None:
+    """What the whole chain makes is not in the image of its first map."""
+    torch.manual_seed(0)
+    model = fxp.transform(nn.Linear(6, 6).double(), {"weight": CHAINS[name]})
+    with torch.no_grad():
+        for latent in model.latents().values():
+            latent.add_(0.1 * torch.randn_like(latent))
+    before = model.eval().weight.detach().clone()
+    model.train().retract()
+    torch.testing.assert_close(model.eval().weight.detach(), before, rtol=1e-10, atol=1e-10)
+    if "base" in dict(model.get_submodule("parametrizations.weight.0").named_buffers()) and "orthogonal" in name:
+        assert not model.latents()["parametrizations.weight.original"].tril(-1).any()
