@@ -108,6 +108,16 @@ class Entry(Declaration):
             SpecError: the options do not fit this shape or dtype.
         """
 
+    follows: ClassVar[bool] = False
+    """Whether the map, behind others in a chain, is chosen by what they give it, and they start as if it were not there."""
+
+    def settle(self, module: nn.Module, value: Tensor) -> None:
+        """Fit ``module``, which ``build`` made, to the ``value`` that it is given at the start, behind other maps or a ``ref``.
+
+        ``build`` knew only the weight that is to be replaced. By default nothing depends on its values.
+        """
+        return
+
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]

@@ -196,6 +196,8 @@ class StandardizedMap(Constrained):
     """Zero mean and, without gain, a variance of at most 1 over ``dims``.
 
     Distances of the mean are relative to the largest element, or to 1 without gain, where that is larger.
+    Without gain a variance below 1 is that of a constant slice and ``eps``: the latent is tiny, and gradients of it are as
+    large as it is small. Assign weights of variance 1, or use ``gain``.
     """
 
     def __init__(self, weight: Tensor, dims: tuple[int, ...], eps: float, *, gain: bool) -> None:

@@ -8,7 +8,6 @@ that the network can be smaller than what it makes.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from fxparam.catalogue._hashing import LIMIT
 from fxparam.catalogue._image import check_integer, stored, widened
+from fxparam.catalogue._layers import place_seed
 from fxparam.catalogue.joint import JointEntry, JointMap, Weights, check_joint
 from fxparam.declaration import Place
 from fxparam.errors import SpecError
@@ -67,7 +67,7 @@ class Hypernetwork(JointEntry):
 
     def placed(self, place: Place) -> Hypernetwork:
         """With the seed of this place."""
-        return replace(self, seed=zlib.crc32(place.names[0].encode(), self.seed))
+        return replace(self, seed=place_seed(self.seed, place))
 
     def build(self, weight: Tensor) -> HypernetworkMap:
         """The map for one weight: ``forward`` returns a tensor."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxparam.catalogue._image import (
     Constrained,
@@ -57,6 +57,7 @@ class Mask(Entry):
     keep: Pattern | None = None
     dim: int | None = None
     p: float = 2
+    follows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice(self.name, "by", self.by, ("magnitude", "random"))
@@ -98,6 +99,10 @@ class Mask(Entry):
         check_inexact(self.name, weight)
         check_filled(self.name, weight)
         return MaskMap(weight, self._pattern(weight.detach()).to(weight.device, weight.dtype))
+
+    def settle(self, module: nn.Module, value: Tensor) -> None:
+        """Behind other maps it is their values that decide."""
+        module.mask.copy_(self._pattern(value.detach()))  # type: ignore[operator]
 
     def _pattern(self, weight: Tensor) -> Tensor:
         if self.keep is not None:
@@ -202,6 +207,7 @@ class SemiStructured(Entry):
     n: int = 2
     m: int = 4
     dim: int | None = None
+    follows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for option in ("n", "m"):
@@ -227,10 +233,18 @@ class SemiStructured(Entry):
                 f"multiple of m={self.m}"
             )
         check_values(self.name, weight, "; load or repair the weight first")
-        groups = weight.detach().abs().unflatten(dim, (size // self.m, self.m))
+        return MaskMap(weight, self._pattern(weight.detach(), dim).to(weight.dtype))
+
+    def settle(self, module: nn.Module, value: Tensor) -> None:
+        """Behind other maps it is their values that decide."""
+        dim = check_dim(self.name, value, 1 if self.dim is None else self.dim)
+        module.mask.copy_(self._pattern(value.detach(), dim))  # type: ignore[operator]
+
+    def _pattern(self, weight: Tensor, dim: int) -> Tensor:
+        groups = weight.abs().unflatten(dim, (-1, self.m))
         order = groups.argsort(dim=dim + 1, descending=True, stable=True)
         kept = torch.zeros_like(groups).scatter(dim + 1, order.narrow(dim + 1, 0, self.n), 1.0)
-        return MaskMap(weight, kept.flatten(dim, dim + 1).to(weight.dtype).contiguous())
+        return kept.flatten(dim, dim + 1).contiguous()
 
 
 class MaskMap(Constrained):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxparam.catalogue._image import (
@@ -79,6 +79,11 @@ class SpectralNorm(Entry):
         dim = check_dim(self.name, weight, self.dim or 0)
         return SpectralNormMap(weight, self.n_power_iterations, float(self.eps), dim)
 
+    def settle(self, module: nn.Module, value: Tensor) -> None:
+        """``u`` and ``v`` of what other maps give, as PyTorch finds them when it registers one after the other."""
+        assert isinstance(module, SpectralNormMap)
+        module.restart(value)
+
 
 class SpectralNormMap(Constrained):
     """``σ(W) = 1``: as the vectors ``u``, ``v`` of the moment measure it, or exactly.
@@ -96,12 +101,17 @@ class SpectralNormMap(Constrained):
         super().__init__(weight)
         self.n_power_iterations, self.eps, self.dim = n_power_iterations, eps, dim
         if weight.ndim > 1:
-            matrix = as_matrix(weight.detach(), dim)
-            # The order of the draws is torch's, so that equal seeds give equal vectors.
-            u, v = (matrix.new_empty(size).normal_() for size in matrix.shape)
-            self.register_buffer("_u", F.normalize(u, dim=0, eps=eps))
-            self.register_buffer("_v", F.normalize(v, dim=0, eps=eps))
-            self._iterate(matrix, _INITIAL_ITERATIONS)
+            for name, size in zip(("_u", "_v"), as_matrix(weight, dim).shape, strict=True):
+                self.register_buffer(name, weight.detach().new_empty(size))
+            self.restart(weight)
+
+    @torch.no_grad()
+    def restart(self, latent: Tensor) -> None:
+        """Find ``u`` and ``v`` of ``latent`` from a random start, which is torch's, so that equal seeds give equal vectors."""
+        if latent.ndim > 1:
+            for vector in (self._u, self._v):
+                vector.copy_(F.normalize(vector.normal_(), dim=0, eps=self.eps))
+            self._iterate(as_matrix(latent.detach(), self.dim), _INITIAL_ITERATIONS)
 
     def forward(self, latent: Tensor) -> Tensor:  # type: ignore[override]
         """The weight's shape; in training mode ``u`` and ``v`` advance first."""

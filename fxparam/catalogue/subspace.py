@@ -6,7 +6,6 @@ only ``d`` trains, ``E`` is a fixed random matrix and ``θ₀`` the weights at t
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fxparam.catalogue._hashing import LIMIT
 from fxparam.catalogue._image import check_choice, check_integer, stored, widened
+from fxparam.catalogue._layers import place_seed
 from fxparam.catalogue._projections import KINDS, Projection, make_projection
 from fxparam.catalogue.joint import JointEntry, SpannedMap, check_joint
 from fxparam.declaration import Place
@@ -67,7 +67,7 @@ class Subspace(JointEntry):
 
     def placed(self, place: Place) -> Subspace:
         """With the seed of this place."""
-        return replace(self, seed=zlib.crc32(place.names[0].encode(), self.seed))
+        return replace(self, seed=place_seed(self.seed, place))
 
     def build(self, weight: Tensor) -> SubspaceMap:
         """The map for one weight: ``forward`` returns a tensor."""

@@ -101,6 +101,11 @@ def _matched(rule: Selector, rows: Sequence[NamedTensor]) -> tuple[NamedTensor, 
 def _check(row: NamedTensor, rule: Selector, declaration: Declaration) -> None:
     if is_lazy(row.tensor):
         raise SpecError(f"{row.name} is lazy and has no shape yet; run the model once on an input, then transform it")
+    if row.tensor.is_meta:
+        raise SpecError(
+            f"{row.name} is on the meta device and has no values; type model.to_empty(device=...), load or initialize its "
+            "weights, then transform it"
+        )
     extends = isinstance(steps_of(declaration)[0], Existing)
     if row.computed and not extends:
         raise SpecError(

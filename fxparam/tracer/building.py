@@ -6,6 +6,7 @@ built for the shape it will produce, and the latents start where the weight is k
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from fxparam.declaration import Custom, Declaration, Entry, Existing, Place, Ref
 from fxparam.errors import ImageError, SpecError
 from fxparam.spec.resolve import Task
 from fxparam.tracer.adoption import Adopted
-from fxparam.tracer.looking import present_values
+from fxparam.tracer.looking import looking, present_values
 from fxparam.tracer.site import SiteModule, invert
 
 Value = Tensor | tuple[Tensor, ...]
@@ -94,20 +95,13 @@ def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tupl
     first, rest = task.steps[0], task.steps
     if isinstance(first, Ref | Existing):
         rest = task.steps[1:]
-    init = _init_of(rest)
-    place = Place(tuple(row.name for row in task.rows), tuple(row.places[0][0] for row in task.rows))
-    steps: list[nn.Module] = []
-    resample: list[str | None] = []
-    start = Start(target)
-    for position, step in reversed(list(enumerate(rest))):
-        for inner in reversed(_placed(step, place, start)):
-            if position == 0 and isinstance(first, Ref):
-                module = _from_reads(inner, reads, start) if len(rest) == 1 else _map(inner, start.value, None, task.joint)[0]
-            else:
-                module, start = _step(inner, start, init if position == 0 else None, task.joint)
-            steps.insert(0, module)
-            resample.insert(0, _resampling(inner, module))
-    _check_rebasing(steps[1:] if not isinstance(first, Ref | Existing) else steps)
+    declared, steps, start = _backwards(task, rest, reads, Start(target))
+    resample = [_resampling(one, module) for one, module in zip(declared, steps, strict=True)]
+    later = isinstance(first, Ref | Existing)
+    _check_rebasing(steps if later else steps[1:])
+    given: Value = tuple(reads) if isinstance(first, Ref) else target if later else start.value
+    _check_latents(declared, steps, given if later else None)
+    _settle(declared, steps, given, from_first=later)
     is_buffer = all(row.is_buffer for row in task.rows)
     if isinstance(first, Ref):
         site = SiteModule(steps, None, n_weights=len(weights), resample=resample)
@@ -119,7 +113,7 @@ def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tupl
         notes = ("latents as they were",)
     else:
         trainable = any(row.tensor.requires_grad for row in task.rows) or any(getattr(s, "adapts", None) is True for s in steps)
-        if not trainable:
+        if is_buffer or not trainable:
             _freeze(rest, steps)
         site = SiteModule(
             steps,
@@ -130,6 +124,59 @@ def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tupl
         )
         notes = start.notes
     return site, _check(site, reads, target, notes)
+
+
+def _backwards(
+    task: Task, rest: Sequence[Declaration], reads: Sequence[Tensor], start: Start
+) -> tuple[list[Declaration], list[nn.Module], Start]:
+    """The steps as they are for this place, their modules, and what the first of them has to be given to yield the weight."""
+    init = _init_of(rest)
+    place = Place(tuple(row.name for row in task.rows), tuple(row.places[0][0] for row in task.rows))
+    after_ref = isinstance(task.steps[0], Ref)
+    declared: list[Declaration] = []
+    steps: list[nn.Module] = []
+    for position, step in reversed(list(enumerate(rest))):
+        for inner in reversed(_placed(step, place, start)):
+            if position == 0 and after_ref:
+                module = _from_reads(inner, reads, start) if len(rest) == 1 else _map(inner, start.value, None, task.joint)[0]
+            elif position > 0 and isinstance(inner, Entry) and inner.follows:
+                module = _map(inner, start.value, None, task.joint)[0]
+            else:
+                module, start = _step(inner, start, init if position == 0 else None, task.joint)
+            declared.insert(0, inner)
+            steps.insert(0, module)
+    return declared, steps, start
+
+
+def _settle(declared: Sequence[Declaration], steps: Sequence[nn.Module], value: Value, *, from_first: bool) -> None:
+    """Fit each map to what it is given at the start; the first was built for it, unless others come before."""
+    fitted = [isinstance(one, Entry) and type(one).settle is not Entry.settle for one in declared]
+    for at, (one, module) in enumerate(zip(declared, steps, strict=True)):
+        if not any(fitted[at:]):
+            return
+        if fitted[at] and (at or from_first) and isinstance(one, Entry):
+            one.settle(module, *_tuple(value))
+        with looking(module, evaluate=True):
+            value = module(*_tuple(value))
+
+
+def _check_latents(declared: Sequence[Declaration], steps: Sequence[nn.Module], given: Value | None) -> None:
+    """Refuse a map of several latents where it is given a single value: behind another map, a ref or existing()."""
+    for at, (one, module) in enumerate(zip(declared, steps, strict=True)):
+        count = len(_tuple(given)) if at == 0 and given is not None else 1
+        takes = _arity(module)
+        if (at or given is not None) and takes is not None and takes > count:
+            raise SpecError(
+                f"{one!r} has {takes} latents and is given {count} of them here; put it first in its chain, to have its own"
+            )
+
+
+def _arity(module: nn.Module) -> int | None:
+    """How many positional arguments a map needs; None: any number."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        return None
+    return sum(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) and one.default is one.empty for one in parameters)
 
 
 def _resampling(step: Declaration, module: nn.Module) -> str | None:

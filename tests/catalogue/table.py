@@ -12,7 +12,7 @@ from torch import nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from catalogue.cases import CASES, Case
+from catalogue.cases import CASES, COMPLEX_ONLY, Case
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxparam as fxp
@@ -26,19 +26,23 @@ class Holder(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.weight = nn.Parameter(case.weight())
+        self.weight = nn.Parameter(case.weight(_dtype(case)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.weight
 
 
+def _dtype(case: Case) -> torch.dtype:
+    return torch.complex128 if case in COMPLEX_ONLY else torch.float64
+
+
 def table() -> str:
     """The table as Markdown."""
     by_entry: dict[str, list[Case]] = {}
-    for case in CASES:
+    for case in [*CASES, *COMPLEX_ONLY]:
         by_entry.setdefault(case.entry.name, []).append(case)
     lines = [
-        "| entry | right inverse | start | `sample`, `contains` | nodes, eval | in training | batched | complex |",
+        "| entry | right inverse | of weights | `sample`, `contains` | nodes, eval | in training | batched | complex |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [_row(name, cases) for name, cases in sorted(by_entry.items())]
@@ -54,7 +58,7 @@ def _row(name: str, cases: list[Case]) -> str:
         _span(map(_nodes, cases)),
         _training(cases),
         "yes" if any(len(case.shape) > 2 for case in cases) else "",
-        "yes" if any(case.complex for case in cases) else "",
+        "only" if cases[0] in COMPLEX_ONLY else "yes" if any(case.complex for case in cases) else "",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -66,12 +70,13 @@ def _inverse(cases: list[Case]) -> str:
 
 
 def _samples(case: Case) -> bool:
-    module = case.build()
+    module = case.build(_dtype(case))
     return bool(module.contains(module.sample(generator=torch.Generator().manual_seed(1))))
 
 
 def _nodes(case: Case) -> int:
-    graph = make_fx(case.build(), pre_dispatch=True)(*case.draw()).graph
+    dtype = _dtype(case)
+    graph = make_fx(case.build(dtype), pre_dispatch=True)(*case.draw(dtype=dtype)).graph
     return sum(node.op == "call_function" for node in graph.nodes)
 
 
@@ -83,7 +88,7 @@ def _span(counts: Iterable[int]) -> str:
 def _training(cases: list[Case]) -> str:
     """Whether the maps are written into the prologue's graph in training mode, or called, and why."""
     reasons = {fxp.transform(Holder(case), {"weight": case.entry}).report.sites[0].reason or "" for case in cases} - {""}
-    return "one call: " + "; ".join(sorted(reasons)) if reasons else "flat"
+    return "called: " + "; ".join(sorted(reasons)) if reasons else "flat"
 
 
 def written() -> str:

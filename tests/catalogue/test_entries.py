@@ -208,7 +208,11 @@ def test_bad_options_are_refused_when_given(make: Callable[[], Entry], text: str
         (cat.Orthogonal(), torch.ones(3, 3, dtype=torch.int64), r"dtype torch.int64; expected a floating-point or complex"),
         (cat.Orthogonal("householder"), torch.ones(3, 3) * 1j, r'got map="householder" for a complex weight'),
         (cat.Orthogonal(), torch.ones(0, 3), r"got an empty weight of shape \(0, 3\); expected at least one element"),
-        (cat.WeightNorm(dim=2), MATRIX, r"weight_norm: got dim=2 for a weight of shape \(4, 3\); expected 0 <= dim < 2, or None"),
+        (
+            cat.WeightNorm(dim=2),
+            MATRIX,
+            r"weight_norm: got dim=2 for a weight of shape \(4, 3\); expected 0 <= dim < 2, or None",
+        ),
         (cat.WeightNorm(dim=-2), MATRIX, r"weight_norm: got dim=-2 for a weight of shape \(4, 3\); expected 0 <= dim < 2"),
         (cat.WeightNorm(), torch.tensor(1.0), r"weight_norm: got dim=0 for a weight of shape \(\)"),
         (cat.SpectralNorm(dim=-3), MATRIX, r"spectral_norm: got dim=-3 for a weight of shape \(4, 3\)"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from catalogue import table
 from catalogue.cases import CASES, Case, parametrized
 from torch import Tensor, nn
 
@@ -147,3 +148,8 @@ def test_every_entry_is_exported_to_onnx(tmp_path: Path) -> None:
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert {initializer.name for initializer in graph.initializer} >= {f"holders.{at}.weight" for at in range(len(cases))}
     assert {node.op_type for node in graph.node} == {"Mul"}
+
+
+def test_the_table_in_the_documentation_is_what_is_measured() -> None:
+    """``python tests/catalogue/table.py`` writes it."""
+    assert table.written() == table.table()

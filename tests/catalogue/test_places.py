@@ -160,3 +160,75 @@ def test_a_plain_checkpoint_beside_an_adapter_is_told_to_come_earlier() -> None:
     model = fxp.transform(nn.Linear(6, 6), {"weight": fxp.lora(2)})
     with pytest.raises(fxp.ImageError, match=r"load the weight before transform, so that it becomes W0"):
         model.load_state_dict(nn.Linear(6, 6).state_dict())
+
+
+def largest(weight: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(weight.detach().flatten(1), 2))
+
+
+class Pair(nn.Module):
+    """Two weights of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8).double(), nn.Linear(8, 8).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+BEFORE: dict[str, Any] = {
+    "ref": fxp.ref("b.weight") >> fxp.scale(30.0),
+    "kronecker": fxp.kronecker((2, 4)),
+    "positive": fxp.positive(),
+    "symmetric": fxp.symmetric(),
+    "orthogonal": fxp.orthogonal(),
+    "mask": fxp.mask(density=0.2),
+    "function": fxp.custom(lambda latent: 7 * latent.mT.exp()),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_spectral_norm_measures_what_it_is_given(name: str) -> None:
+    torch.manual_seed(1)
+    model = fxp.transform(Pair(), {"a.weight": BEFORE[name] >> fxp.spectral_norm()}).eval()
+    assert abs(largest(model.a.weight) - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_magnitudes_are_those_of_what_is_masked(name: str) -> None:
+    torch.manual_seed(1)
+    model = fxp.transform(Pair(), {"a.weight": BEFORE[name] >> fxp.mask(density=0.15)}).eval()
+    value = model.a.weight.detach()
+    plain = fxp.transform(Pair(), {"a.weight": BEFORE[name]}).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    given = plain.a.weight.detach()
+    assert value.count_nonzero() == 10
+    assert torch.equal(value[value != 0], given[value != 0])
+    assert given.abs()[value != 0].min() >= given.abs()[value == 0].max()
+
+
+def test_a_chain_of_masks_keeps_what_the_last_one_says() -> None:
+    chain = fxp.mask(density=0.5, by="random") >> fxp.mask(density=0.25)
+    model = fxp.transform(Pair(), {"a.weight": chain})
+    assert int(model.a.weight.count_nonzero()) == 16
+
+
+@pytest.mark.parametrize("entry", [fxp.lora(2), fxp.gate(), fxp.weight_norm(), fxp.learned_step()], ids=str)
+def test_maps_with_several_latents_come_first(entry: Any) -> None:
+    text = r"a\.weight \(rule 'a\.weight'\): .* has \d latents and is given 1 of them here; put it first in its chain"
+    with pytest.raises(fxp.SpecError, match=text):
+        fxp.transform(Pair(), {"a.weight": fxp.ref("b.weight") >> entry})
+    with pytest.raises(fxp.SpecError, match=r"scale\(factor=2.0\) comes before a map of \d latents"):
+        fxp.transform(Pair(), {"a.weight": fxp.ref("b.weight") >> fxp.scale(2.0) >> entry})
+    net = Pair()
+    torch.nn.utils.parametrizations.orthogonal(net.a)
+    with pytest.raises(fxp.SpecError, match=text):
+        fxp.transform(net, {"a.weight": fxp.existing() >> entry})
+
+
+def test_weights_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        net = nn.Linear(4, 4)
+    with pytest.raises(fxp.SpecError, match=r"weight is on the meta device and has no values; type model\.to_empty"):
+        fxp.transform(net, {"weight": fxp.weight_norm()})

@@ -106,7 +106,7 @@ def test_options_and_weights_that_do_not_fit() -> None:
         (lambda: loose.SemiStructured(0), r"semi_structured: got n=0; expected an integer of at least 1"),
         (lambda: loose.SemiStructured(m=2.0), r"semi_structured: got m=2.0; expected an integer of at least 1"),
         (lambda: loose.SemiStructured(5), r"semi_structured: got n=5, m=4; expected n <= m"),
-        (lambda: loose.SemiStructured(dim=None), r"semi_structured: got dim=None; expected an integer"),
+        (lambda: loose.SemiStructured(dim=1.5), r"semi_structured: got dim=1.5; expected an integer"),
         (lambda: loose.Mask(density=0.5, dim=2).build(torch.ones(4, 3)), r"mask: got dim=2 for a weight of shape \(4, 3\)"),
         (lambda: loose.Mask(density=0.5, dim=0).build(torch.ones(4, 3) * math.nan), r'mask: magnitudes.*use by="random"'),
         (
