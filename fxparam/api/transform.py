@@ -256,9 +256,12 @@ class _Builder:
         self._add(task.rows, module, declared, "spec", start, reads, joint=number if task.joint else None)
         if not task.joint:
             self.legacy |= self._legacy_names(task.rows[0].name, module)
+        home, behind = self.sites[-1].home, tuple(module.parameters())
         if one is None:
-            home = self.sites[-1].home
-            self.replaced += [(row.tensor, module.latents, home) for row in task.rows if isinstance(row.tensor, nn.Parameter)]
+            self.replaced += [(row.tensor, behind, home) for row in task.rows if isinstance(row.tensor, nn.Parameter)]
+        else:
+            # What extends it may have parameters of its own, which an optimizer of its latents has to train as well.
+            self.replaced += [(latent, behind, home) for latent in module.latents[:1] if isinstance(latent, nn.Parameter)]
 
     def _add(
         self,

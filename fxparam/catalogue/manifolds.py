@@ -65,9 +65,7 @@ class SpecialOrthogonal(Entry):
         """The map for ``(..., n, n)``."""
         check_floating(self.name, weight)
         check_matrix(self.name, weight, square=True)
-        module = SpecialOrthogonalMap(weight, self.map, use_trivialization=self.use_trivialization)
-        module.rebase_every = self.rebase_every
-        return module
+        return SpecialOrthogonalMap(weight, self.map, use_trivialization=self.use_trivialization).rebased(self.rebase_every)
 
 
 class SpecialOrthogonalMap(OrthogonalMap):
@@ -130,8 +128,9 @@ class Unitary(Entry):
             )
         check_matrix(self.name, weight)
         module = UnitaryMap(weight, self.map, use_trivialization=self.use_trivialization, iterations=self.iterations)
-        module.rebase_every = self.rebase_every
-        return module
+        return module.rebased(self.rebase_every)
+            self.rebase_every
+        )
 
 
 class UnitaryMap(OrthogonalMap):
@@ -176,9 +175,7 @@ class Grassmann(Entry):
                 f"grassmann: got a square weight of shape {shape_text(weight)}, whose columns span everything; expected more "
                 "rows than columns or more columns than rows; for a square weight type fxp.orthogonal()"
             )
-        module = GrassmannMap(weight, self.map)
-        module.rebase_every = self.rebase_every
-        return module
+        return GrassmannMap(weight, self.map).rebased(self.rebase_every)
 
 
 class GrassmannMap(OrthogonalMap):

@@ -9,7 +9,7 @@ the set (``qr``, ``polar``, ``newton_schulz``) have no use for one: what is orth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Orthogonal(Entry):
             largest singular value of the latent is at most 1000 times the smallest; each factor of 10 takes 6 steps more.
         rebase_every: dynamic trivialization (Lezcano-Casado 2019, algorithm 1): after this many steps of an optimizer that
             holds the latent, the weight becomes the base and the latent starts anew at zero. Momentum of the optimizer stays
-            as it is. None: never.
+            as it is. Averages over steps are those of weights, not of latents, whose base moves. None: never.
 
     Raises:
         SpecError: another map, ``iterations`` below 1 or for another map, ``rebase_every`` without a trivialization; at
@@ -98,8 +98,7 @@ class Orthogonal(Entry):
         if weight.is_complex() and chosen == "householder":
             raise SpecError('orthogonal: got map="householder" for a complex weight; expected "matrix_exp" or "cayley"')
         module = OrthogonalMap(weight, chosen, use_trivialization=self.use_trivialization, iterations=self.iterations)
-        module.rebase_every = self.rebase_every
-        return module
+        return module.rebased(self.rebase_every)
 
 
 def check_rebasing(name: str, every: Any, *, trivialized: bool) -> None:
@@ -141,7 +140,7 @@ class OrthogonalMap(Constrained):
     constraint = "orthonormality (the largest |element| of WᴴW - I)"
     base: Tensor | None
     rebase_every: int | None = None
-    """After how many optimizer steps the weight becomes the base; the runtime of a model counts them."""
+    """After how many optimizer steps the weight becomes the base; the runtime counts them in the buffer ``steps``."""
     _origin: ClassVar[float] = -1.0
     """The diagonal of a latent that stands for the base: torch's signs of the householder map; the others do not read it."""
 
@@ -152,6 +151,19 @@ class OrthogonalMap(Constrained):
         n = max(weight.shape[-2:])
         base = torch.eye(n, dtype=weight.dtype, device=weight.device).expand(*weight.shape[:-2], n, n).clone()
         self.register_buffer("base", base if use_trivialization and map in MOVES else None)
+
+    def rebased(self, every: int | None) -> Self:
+        """This map, with the weight becoming the base after ``every`` steps; None: never."""
+        self.rebase_every = every
+        if every is not None:
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.rebase_every is not None:
+            # The checkpoint of a map that keeps its base, PyTorch's among them, says nothing of steps.
+            state_dict.setdefault(f"{prefix}steps", torch.zeros((), dtype=torch.int64))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, latent: Tensor) -> Tensor:  # type: ignore[override]
         """``(..., m, n)`` to the same."""

@@ -16,7 +16,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fxparam.errors import SpecError
 
 Replaced = Sequence[tuple[Tensor, tuple[Tensor, ...], str]]
-"""A parameter, the latents behind it now, and the home of their site."""
+"""A parameter, the latents and parameters of maps behind its weight now, and the home of their site.
+
+A latent that stays, with maps added behind it, is among what stands for it.
+"""
 
 
 def repoint(optimizer: Optimizer, replaced: Replaced) -> None:
@@ -38,7 +41,7 @@ def repoint(optimizer: Optimizer, replaced: Replaced) -> None:
         kept = []
         for parameter in group["params"]:
             new = latents.get(id(parameter), (parameter,))
-            if id(parameter) in latents:
+            if all(tensor is not parameter for tensor in new):
                 optimizer.state.pop(parameter, None)
             # One latent may stand behind several parameters (joint declarations).
             kept += [tensor for tensor in new if not (id(tensor) in seen or seen.add(id(tensor)))]  # type: ignore[func-returns-value]
@@ -74,7 +77,11 @@ class _Watched:
     """What a transformed model replaced."""
 
     def __init__(self, replaced: Replaced) -> None:
-        self.olds = [_Old(id(old), StorageWeakRef(old.untyped_storage()), _stamp(old), home) for old, _, home in replaced]
+        self.olds = [
+            _Old(id(old), StorageWeakRef(old.untyped_storage()), _stamp(old), home)
+            for old, new, home in replaced
+            if all(tensor is not old for tensor in new)
+        ]
         self.warned = False
 
 

@@ -1,8 +1,8 @@
 """Changes of base: after every so many optimizer steps, the maps that declare it start anew at their present weight.
 
-A map declares it by an attribute ``rebase_every`` and a method ``rebase(*latents)``, which moves what the latents say into its
-buffers and returns latents that stand for the same weight (Lezcano-Casado 2019, *Trivializations for Gradient-Based
-Optimization on Manifolds*, algorithm 1).
+A map declares it by an attribute ``rebase_every``, a buffer ``steps`` that counts, and a method ``rebase(*latents)``, which
+moves what the latents say into its buffers and returns latents that stand for the same weight (Lezcano-Casado 2019,
+*Trivializations for Gradient-Based Optimization on Manifolds*, algorithm 1).
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ class Rebasing:
     """
 
     def __init__(self, homes: Iterable[SiteModule]) -> None:
-        self._steps = {home: 0 for home in homes if rebase_interval(home) is not None}
+        self._homes = [home for home in homes if rebase_interval(home) is not None]
 
     def after_step(self, held: frozenset[int]) -> None:
         """An optimizer stepped that holds the tensors with these ids."""
-        for home, steps in self._steps.items():
-            if held.isdisjoint(map(id, home.latents)):
+        for home in self._homes:
+            every, first = rebase_interval(home), next(iter(home))
+            if every is None or held.isdisjoint(map(id, home.latents)):
                 continue
-            every = rebase_interval(home)
-            self._steps[home] = steps + 1
-            if every is not None and self._steps[home] % every == 0:
+            steps = first.get_buffer("steps")
+            steps.add_(1)
+            if int(steps) % every == 0:
                 _rebase(home)
 
 

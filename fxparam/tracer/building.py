@@ -115,6 +115,8 @@ def _build(task: Task, reads: Sequence[Tensor], adopted: Adopted | None) -> tupl
         trainable = any(row.tensor.requires_grad for row in task.rows) or any(getattr(s, "adapts", None) is True for s in steps)
         if is_buffer or not trainable:
             _freeze(rest, steps)
+        elif task.joint:
+            _check_frozen(task)
         site = SiteModule(
             steps,
             _as_latents(start.value, trainable, is_buffer),
@@ -203,6 +205,16 @@ def _freeze(declared: Sequence[Declaration], steps: Sequence[nn.Module]) -> None
     for step in steps:
         if id(step) not in own:
             step.requires_grad_(False)
+
+
+def _check_frozen(task: Task) -> None:
+    """Refuse to train frozen weights along with others."""
+    frozen = [row.name for row in task.rows if not row.tensor.requires_grad]
+    if frozen:
+        raise SpecError(
+            f"{len(frozen)} of {len(task.rows)} weights are frozen ({', '.join(frozen[:3])}) and would be trained with the "
+            "others; select those that train, or freeze all"
+        )
 
 
 def _check_rebasing(later: Sequence[nn.Module]) -> None:

@@ -232,3 +232,48 @@ def test_weights_without_values_are_refused() -> None:
         net = nn.Linear(4, 4)
     with pytest.raises(fxp.SpecError, match=r"weight is on the meta device and has no values; type model\.to_empty"):
         fxp.transform(net, {"weight": fxp.weight_norm()})
+
+
+OWN_PARAMETERS: dict[str, Any] = {
+    "hypernetwork": {"0.weight": fxp.hypernetwork()},
+    "scale": {"0.weight": fxp.scale(trainable=True)},
+    "behind a ref": {"0.weight": fxp.ref("1.weight") >> fxp.scale(trainable=True)},
+    "joint": {fxp.joint("*.weight"): fxp.hypernetwork()},
+}
+
+
+@pytest.mark.parametrize("name", OWN_PARAMETERS)
+def test_an_optimizer_built_before_trains_parameters_of_maps(name: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    model = fxp.transform(net, OWN_PARAMETERS[name], optimizer=optimizer)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert {id(parameter) for parameter in model.parameters()} == held
+    before = model[0].weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_an_optimizer_of_an_extended_weight_trains_the_extension_and_keeps_its_state() -> None:
+    net = nn.Linear(4, 4)
+    torch.nn.utils.parametrizations.weight_norm(net)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    net(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    model = fxp.transform(net, {"weight": fxp.existing() >> fxp.scale(trainable=True)}, optimizer=optimizer)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in model.parameters()} == set(map(id, held)) and len(held) == 5
+    assert len(optimizer.state) == 3
+
+
+def test_joint_weights_of_which_some_are_frozen_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[0].weight.requires_grad_(False)
+    with pytest.raises(fxp.SpecError, match=r"1 of 2 weights are frozen \(0\.weight\) and would be trained with the others"):
+        fxp.transform(net, {fxp.joint("*.weight"): fxp.subspace(5)})
+    net[1].weight.requires_grad_(False)
+    model = fxp.transform(net, {fxp.joint("*.weight"): fxp.subspace(5)})
+    assert not any(latent.requires_grad for latent in model.latents().values())

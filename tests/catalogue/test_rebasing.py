@@ -110,17 +110,36 @@ def test_only_steps_that_move_the_latent_count() -> None:
     assert [not torch.equal(*pair) for pair in pairwise(bases)] == [False, False, False, True, False]
 
 
-def test_names_are_those_without_rebasing_and_checkpoints_go_both_ways() -> None:
-    with_, without = (
-        fxp.transform(Holder(torch.randn(4, 4)), {"weight": entry})
-        for entry in (fxp.orthogonal(rebase_every=1), fxp.orthogonal())
-    )
-    optimizer = torch.optim.SGD(with_.parameters(), lr=0.1)
-    with_(torch.ones(4, 4)).sum().backward()
-    optimizer.step()
-    assert list(with_.state_dict()) == list(without.state_dict())
-    without.load_state_dict(with_.state_dict())
-    torch.testing.assert_close(without.weight, with_.weight)
+def trained(model: Any, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        model(torch.randn(4, 4)).sum().backward()
+        optimizer.step()
+
+
+def test_a_resumed_run_goes_on_as_it_would_have() -> None:
+    def made() -> tuple[Any, Any]:
+        torch.manual_seed(7)
+        model = fxp.transform(Holder(torch.randn(4, 4)), {"weight": fxp.orthogonal(rebase_every=3)})
+        return model, torch.optim.Adam(model.parameters(), lr=0.1)
+
+    model, optimizer = made()
+    trained(model, optimizer, range(8))
+    first, then = made(), made()
+    trained(*first, range(4))
+    for source, target in zip(first, then, strict=True):
+        target.load_state_dict(copy.deepcopy(source.state_dict()))
+    trained(*then, range(4, 8))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(then[0].state_dict()[name], tensor), name
+
+
+def test_checkpoints_without_a_count_are_taken() -> None:
+    theirs = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(4, 4))
+    ours = fxp.transform(torch.nn.Linear(4, 4), {"weight": fxp.orthogonal(rebase_every=2)})
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.weight, theirs.weight)
 
 
 def test_first_in_a_chain_only() -> None:
