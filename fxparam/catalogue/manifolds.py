@@ -129,8 +129,6 @@ class Unitary(Entry):
         check_matrix(self.name, weight)
         module = UnitaryMap(weight, self.map, use_trivialization=self.use_trivialization, iterations=self.iterations)
         return module.rebased(self.rebase_every)
-            self.rebase_every
-        )
 
 
 class UnitaryMap(OrthogonalMap):

@@ -42,10 +42,11 @@ def export_program(
     Raises:
         TraceError: ``torch.export`` refuses it; the message is its first line with the source line.
     """
+    args, named = _apart(args, dict(kwargs or {}))
 
     def export() -> ExportedProgram:
         with torch.set_grad_enabled(grad):
-            return _export(plain, args, dict(kwargs or {}), dynamic_shapes)
+            return _export(plain, args, named, dynamic_shapes)
 
     with warnings.catch_warnings():
         # Recurrent layers keep their weights in a list besides; the tracer warns that it does not see writes to it.
@@ -55,6 +56,17 @@ def export_program(
         if before != python_random_states() and not all(_same(exported, export()) for _ in range(_TRIALS)):
             raise TraceError("the forward draws random numbers that are not PyTorch's, and an exported graph would repeat them")
     return exported
+
+
+def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs with a copy of each tensor that is given again: ``torch.export`` takes equal objects for one input."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    seen: set[int] = set()
+    for at, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and id(leaf) in seen:
+            leaves[at] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        seen.add(id(leaf))
+    return pytree.tree_unflatten(leaves, spec)
 
 
 @torch.no_grad()
