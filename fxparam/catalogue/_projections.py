@@ -28,7 +28,7 @@ from fxparam.errors import SpecError
 
 _SMALL = 1 << 22
 _MOST_ITERATIONS = 1000
-_PIECE = 1 << 23
+_PIECE = 1 << 20
 _MOST_PIECES = 8
 
 
@@ -285,8 +285,7 @@ def pieces(total: int, unit: int = WIDTH) -> list[tuple[int, int]]:
     """``(start, stop)`` of the pieces in which ``total`` rows are computed; each ``start`` is a multiple of ``unit``.
 
     What lies between latent and weights is larger than the weights, and only that of one piece is there at a time.
-    There are few of them, for each has its nodes in a trace; they do not change the matrix. Smaller ones would be faster, but
-    tracing them leaves the memory of the C library in fragments, to more than twice the peak.
+    There are few of them, for each has its nodes in a trace; they do not change the matrix.
     """
     length = max(_PIECE, -(-total // _MOST_PIECES))
     length = -(-length // unit) * unit

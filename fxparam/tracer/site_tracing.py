@@ -24,7 +24,11 @@ from fxparam.program.program import Fragment
 from fxparam.spec.names import join
 from fxparam.tracer.hazards import Hazard, no_autograd_functions, nodes_behind
 from fxparam.tracer.looking import looking
+from fxparam.tracer.memory import return_freed_memory
 from fxparam.tracer.site import Link, SiteModule
+
+_LARGE = 2**24
+"""Bytes of weights from which on the C library is asked for what a trace leaves of its memory."""
 
 _MODE_SWITCHES = (
     "_set_grad_enabled",
@@ -37,10 +41,15 @@ _MODE_SWITCHES = (
 
 @dataclass(frozen=True, eq=False)
 class _Probe:
-    """What a site does when it runs once as it is: its weights, their gradients, and whether it wrote or drew anything."""
+    """What a site does when it runs once as it is: its weights, their gradients, and whether it wrote or drew anything.
+
+    The weights are without their graph, which may be many times as large as they are. ``own_backward`` is the name of a Python
+    autograd Function in it.
+    """
 
     weights: tuple[Tensor, ...]
     gradients: tuple[Tensor | None, ...]
+    own_backward: str
     writes: str
     draws: bool
 
@@ -140,6 +149,8 @@ def _trace(site: SiteModule, local: Mapping[str, Tensor], reads: Sequence[Tensor
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         return replace(opaque, opaque=f"tracing it raised {type(error).__name__}: {first}")
+    if sum(weight.nbytes for weight in probe.weights) >= _LARGE:
+        return_freed_memory()
     if reason := _unfaithful(module, tensors, probe):
         return replace(opaque, opaque=reason)
     graph, captured = _without_captures(module)
@@ -152,7 +163,7 @@ def _obstacle(site: SiteModule, probe: _Probe) -> str | None:
         return reason
     if probe.draws:
         return "draws random numbers, once per step" if site.resamples_per_step else "draws random numbers"
-    if name := _own_backward(probe.weights):
+    if name := probe.own_backward:
         return f"torch.autograd.Function {name} has a backward of its own, which a trace loses"
     return f"writes {probe.writes} in this mode" if probe.writes else None
 
@@ -171,7 +182,9 @@ def _probe(site: SiteModule, local: Mapping[str, Tensor], run: Any, tensors: Seq
     finally:
         handle.remove()
     writes = "its buffers" if any(replaced) or versions != [tensor._version for tensor in watched] else ""
-    return _Probe(weights, _gradients(weights, tensors), writes or ("its attributes" if look.wrote else ""), look.drew)
+    plain = tuple(weight.detach() for weight in weights)
+    writes = writes or ("its attributes" if look.wrote else "")
+    return _Probe(plain, _gradients(weights, tensors), _own_backward(weights), writes, look.drew)
 
 
 def _own_backward(weights: Sequence[Tensor]) -> str:
@@ -205,6 +218,7 @@ def _unfaithful(module: fx.GraphModule, tensors: Sequence[Tensor], probe: _Probe
     if not all(map(_close, weights, probe.weights)):
         return "its graph gives other values"
     gradients = _gradients(weights, tensors)
+    del weights
     same = len(gradients) == len(probe.gradients) and all(map(_close, gradients, probe.gradients))
     return "" if same else "its graph gives other gradients"
 
