@@ -18,7 +18,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -27,7 +27,10 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from fxparam.errors import ExportError
 from fxparam.exporters import files
+from fxparam.exporters.onnx_fake_quantize import translations
+from fxparam.exporters.onnx_integers import IntegerWeight, StoredIntegers, store_integers
 from fxparam.exporters.onnx_verify import Parity, check_parity, first_line
+from fxparam.exporters.sparsity import SPARSITY, Sparsity, as_metadata, sparse_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,6 +60,8 @@ class OnnxReport:
         bytes: the size of both files.
         parity: how far each output is from the model's, for each set of inputs; empty with ``verify=0``.
         notes: what an ONNX file cannot say about this model, or what could not be checked.
+        integers: the weights that are stored as integers, by the name of the initializer.
+        sparsity: the weights with at least a tenth of zeros, as they were found in the file.
     """
 
     path: Path
@@ -69,6 +74,8 @@ class OnnxReport:
     bytes: int
     parity: tuple[Parity, ...]
     notes: tuple[str, ...] = ()
+    integers: Mapping[str, StoredIntegers] = field(default_factory=dict)
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -86,6 +93,7 @@ class OnnxReport:
                 f"  output {output!r} agrees with the model on {sets}: off by at most {off:.2g} "
                 f"({worst.excess:.2g} of the tolerance)"
             )
+        lines += [f"  {name}: {how}" for stated in (self.integers, self.sparsity) for name, how in stated.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -103,6 +111,7 @@ def export_program(
     seed: int = 0,
     external_data: bool | None = None,
     metadata: Mapping[str, str] | None = None,
+    integers: Mapping[str, IntegerWeight] | None = None,
 ) -> OnnxReport:
     """Write ``program`` to ``path``, after checking that the file computes what ``reference`` computes.
 
@@ -119,6 +128,7 @@ def export_program(
         seed: the seed of the random inputs.
         external_data: weights in a second file beside it (``model.onnx.<hash>.data``); by default from 1.5 GiB on.
         metadata: entries for the file's metadata.
+        integers: weights to store as integers, by the names of their initializers; see ``fxparam.exporters.onnx_integers``.
 
     Raises:
         ExportError: an operation has no ONNX form, the file does not reproduce the model, or it cannot be written.
@@ -133,9 +143,12 @@ def export_program(
     model, decomposed = _convert(program, opset)
     _clean(model)
     _merge_tied(model)
-    _name(model, input_names, output_names)
     tied, unused = _missing_names(program, model)
-    recorded = {key: json.dumps(names) for key, names in ((TIED, tied), (UNUSED, unused)) if names}
+    stored, floating = store_integers(model, integers or {})
+    sparsity = sparse_weights(model.graph)
+    _name(model, input_names, output_names)
+    entries = ((TIED, tied), (UNUSED, unused), (SPARSITY, as_metadata(sparsity)))
+    recorded = {key: json.dumps(entry) for key, entry in entries if entry}
     model.metadata_props.update(recorded | dict(metadata or {}))
 
     def check(file: Path) -> tuple[tuple[Parity, ...], tuple[str, ...]]:
@@ -157,7 +170,9 @@ def export_program(
         unused=tuple(unused),
         bytes=sum(file.stat().st_size for file in (target, data) if file),
         parity=parity,
-        notes=(*_lost(decomposed), *notes),
+        notes=(*_lost(decomposed), *floating, *notes),
+        integers=stored,
+        sparsity=sparsity,
     )
 
 
@@ -224,7 +239,15 @@ def _convert(program: ExportedProgram, opset: int | None) -> tuple[ir.Model, Exp
 
     try:
         with _quiet():
-            converted = torch.onnx.export(program, (), dynamo=True, optimize=False, verbose=False, opset_version=opset)
+            converted = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                custom_translation_table=translations(),
+            )
     except torch.onnx.OnnxExporterError as error:
         raise _untranslatable(program, error) from error
     assert converted is not None and converted.exported_program is not None

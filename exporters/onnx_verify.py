@@ -9,7 +9,8 @@ note.
 
 **Tolerance.** An output passes where ``|onnx - model| <= rtol |model| + rtol/8 * max|model|``. The relative term is the
 usual one; the other covers cancellation, whose error scales with the largest terms. ``rtol`` follows from the coarsest
-floating dtype in the program (see ``RTOL``), as a bfloat16 layer before a float32 output rounds to bfloat16.
+floating dtype in the program (see ``RTOL``), as a bfloat16 layer before a float32 output rounds to bfloat16. Fake quantization
+to ``n`` steps counts as a dtype that rounds to ``1/n``: a value next to a tie moves by a step where a sum is rounded otherwise.
 """
 
 from __future__ import annotations
@@ -320,6 +321,8 @@ def _session(file: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = torch.get_num_threads()
+    # By default it computes dequantized weights and activations in kernels that round where the file does not say so.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions share no base class
@@ -362,7 +365,16 @@ def _rtol(program: ExportedProgram | None, leaves: Sequence[Any]) -> float:
     if program is not None:
         tensors = [v for node in program.graph.nodes for v in pytree.tree_leaves(node.meta.get("val"))]
     dtypes = {x.dtype.to_real() for x in tensors if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())}
-    return max((RTOL.get(dtype, _COARSEST) for dtype in dtypes), default=RTOL[torch.float32])
+    coarse = [] if program is None else [8 / max(high - low, 1) for low, high in _grids(program)]
+    return max(
+        [*(RTOL.get(dtype, _COARSEST) for dtype in dtypes), *(min(c, _COARSEST) for c in coarse)], default=RTOL[torch.float32]
+    )
+
+
+def _grids(program: ExportedProgram) -> list[tuple[int, int]]:
+    """The smallest and the largest integer of each fake quantization."""
+    nodes = [node for node in program.graph.nodes if "fake_quantize_per_" in str(node.target)]
+    return [node.args[-2:] for node in nodes]
 
 
 def compare(inputs: str, output: str, expected: Tensor, actual: Tensor, rtol: float) -> Parity:

@@ -20,6 +20,8 @@ from torch import Tensor
 from fxparam.errors import ExportError
 from fxparam.exporters import files
 from fxparam.exporters.onnx import TIED, UNUSED
+from fxparam.exporters.onnx_integers import SCALE, ZERO_POINT, IntegerWeight, as_tensor, stored_axes
+from fxparam.exporters.sparsity import SPARSITY, as_metadata, sparse_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -58,6 +60,7 @@ def refit_onnx(
     path: str | os.PathLike[str],
     weights: Mapping[str, Tensor],
     *,
+    integers: Mapping[str, IntegerWeight] | None = None,
     check: Callable[[Path], Any] | None = None,
 ) -> RefitReport:
     """Replace initializers of the ONNX file at ``path`` by name.
@@ -66,6 +69,7 @@ def refit_onnx(
         path: the file; its external data, if any, are rewritten too.
         weights: dotted name -> tensor of the initializer's shape and dtype. Names of tied weights may all be given,
             with one value; names that the exporter recorded as unused are ignored.
+        integers: the same weights as integers, for those that the file stores as such.
         check: called with the complete new file under a temporary name before it replaces the old one; what it raises
             stops the refit. ``functools.partial(check_parity, reference=..., args=...)`` compares with a model.
 
@@ -79,11 +83,15 @@ def refit_onnx(
     target = files.writable(path)
     model = files.read_model(target)
     initializers = model.graph.initializers
-    values, ignored = _resolve(target, model, weights)
+    values, ignored = _resolve(target, model, weights, integers or {})
     external = _is_external(model)
     replaced = [name for name in initializers if name in values and not _equal(initializers[name], values[name])]
     for name in replaced:
-        initializers[name].const_value = _as_ir(values[name], name)
+        stored = initializers[name].const_value
+        assert stored is not None
+        initializers[name].const_value = _as_ir(values[name], name, stored.dtype)
+    if replaced:
+        _state_sparsity(model)
     unchanged = tuple(name for name in initializers if name in values and name not in replaced)
     kept = tuple(name for name in initializers if name not in values)
     if replaced:
@@ -103,7 +111,16 @@ def _check(file: Path, check: Callable[[Path], Any] | None) -> None:
         check(file)
 
 
-def _resolve(path: Path, model: ir.Model, weights: Mapping[str, object]) -> tuple[dict[str, Tensor], list[str]]:
+def _state_sparsity(model: ir.Model) -> None:
+    """The metadata say what is now in the file."""
+    model.metadata_props.pop(SPARSITY, None)
+    if found := sparse_weights(model.graph):
+        model.metadata_props[SPARSITY] = json.dumps(as_metadata(found))
+
+
+def _resolve(
+    path: Path, model: ir.Model, weights: Mapping[str, object], integers: Mapping[str, IntegerWeight]
+) -> tuple[dict[str, Tensor], list[str]]:
     """The tensor for each initializer that gets one, and the names that are known to be unused.
 
     Raises:
@@ -111,9 +128,9 @@ def _resolve(path: Path, model: ir.Model, weights: Mapping[str, object]) -> tupl
     """
     initializers = model.graph.initializers
     tied, unused = _recorded(path, model)
+    weights, tied, problems = _with_integers(model, weights, integers, tied)
     values: dict[str, Tensor] = {}
     given_as: dict[str, str] = {}
-    problems: list[str] = []
     for name, tensor in weights.items():
         own = name if name in initializers else tied.get(name, name)
         if own not in initializers:
@@ -133,6 +150,33 @@ def _resolve(path: Path, model: ir.Model, weights: Mapping[str, object]) -> tupl
             "Give the weights of the exported model under its own names, or export it again"
         )
     return values, [name for name in weights if name in unused and name not in initializers]
+
+
+def _with_integers(
+    model: ir.Model, weights: Mapping[str, object], integers: Mapping[str, IntegerWeight], tied: Mapping[str, str]
+) -> tuple[dict[str, object], dict[str, str], list[str]]:
+    """The weights and tied names with integers, scale and zero point for what the file stores as such, and what is amiss."""
+    axes = stored_axes(model.graph)
+    given, names, problems = dict(weights), dict(tied), []
+    for name, tensor in weights.items():
+        own = name if name in axes else tied.get(name, name)
+        if own not in axes:
+            continue
+        weight = integers.get(name)
+        if weight is None or not isinstance(tensor, Tensor) or not weight.gives(tensor):
+            problems.append(f"{name}: the file stores integers, and the given weight is not quantized as its last step")
+            del given[name]
+        elif weight.axis != axes[own]:
+            problems.append(f"{name}: got {_scales(weight.axis)}, expected {_scales(axes[own])}")
+            del given[name]
+        else:
+            given |= weight.named(name)
+            names |= {name + part: own + part for part in (SCALE, ZERO_POINT) if name != own}
+    return given, names, problems
+
+
+def _scales(axis: int | None) -> str:
+    return "one scale" if axis is None else f"a scale for each index of dimension {axis}"
 
 
 def _recorded(path: Path, model: ir.Model) -> tuple[dict[str, str], list[str]]:
@@ -165,7 +209,7 @@ def _misfit(name: str, value: ir.Value, tensor: Tensor) -> str | None:
         dtype = tensor_adapters.from_torch_dtype(tensor.dtype)
     except TypeError:
         return f"{name}: {tensor.dtype} has no ONNX form, expected {stored.dtype.name}"
-    if dtype != stored.dtype:
+    if dtype != stored.dtype and not _fits_int4(tensor, stored.dtype):
         return f"{name}: got dtype {dtype.name}, expected {stored.dtype.name}"
     return None
 
@@ -176,20 +220,28 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _as_ir(tensor: Tensor, name: str) -> ir.TensorProtocol:
-    from onnx_ir import tensor_adapters
+def _fits_int4(tensor: Tensor, stored: ir.DataType) -> bool:
+    """Whether these are integers of 8 bits, as PyTorch has no smaller ones, for an initializer of 4."""
+    if stored.name != "INT4" or tensor.dtype != torch.int8:
+        return False
+    return tensor.numel() == 0 or bool(tensor.min() >= -8 and tensor.max() <= 7)
 
-    return tensor_adapters.TorchTensor(_real(tensor).cpu().contiguous(), name)
+
+def _as_ir(tensor: Tensor, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
+    return as_tensor(_real(tensor), name, dtype)
 
 
 def _equal(value: ir.Value, tensor: Tensor) -> bool:
     """Whether the stored bytes are those of ``tensor`` (so that NaN and -0.0 count as what they are)."""
     assert value.const_value is not None
-    return value.const_value.tobytes() == _as_ir(tensor, "").tobytes()
+    return value.const_value.tobytes() == _as_ir(tensor, "", value.const_value.dtype).tobytes()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return files.same_view(a) == files.same_view(b) or _as_ir(a, "").tobytes() == _as_ir(b, "").tobytes()
+    if files.same_view(a) == files.same_view(b):
+        return True
+    one, other = (_real(tensor).cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    return torch.equal(one, other)
 
 
 def _is_external(model: ir.Model) -> bool:

@@ -78,6 +78,7 @@ from fxparam.errors import (
     StaleWeightsError,
     TraceError,
 )
+from fxparam.exporters.tensorrt import check_tensorrt
 from fxparam.graphdiff import GraphDiff, apply
 from fxparam.program import Program, Site
 from fxparam.runtime.module import ParametrizedModule
@@ -114,6 +115,7 @@ __all__ = [
     "block_diagonal",
     "bounded",
     "centered",
+    "check_tensorrt",
     "circulant",
     "custom",
     "diagonal_low_rank",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.export import ExportedProgram
 
 from fxparam.api.fold import exported_program, graph_module, known_inputs, plain_model
 from fxparam.api.inputs import Inputs, as_call
+from fxparam.api.integers import integer_weights
+from fxparam.api.transform import transform
 from fxparam.errors import ExportError, TraceError
 from fxparam.graphdiff import GraphDiff
 from fxparam.graphdiff import diff as structural_diff
@@ -42,6 +45,7 @@ def export_onnx(
     seed: int = 0,
     external_data: bool | None = None,
     metadata: Mapping[str, str] | None = None,
+    integers: bool = False,
 ) -> OnnxReport:
     """Fold a model, write it as ONNX, and check the file against the model in ONNX Runtime before it replaces the old one.
 
@@ -59,6 +63,11 @@ def export_onnx(
         seed: of the random inputs.
         external_data: keep the weights in a second file; default: from 1.5 GiB on.
         metadata: entries for the file's metadata.
+        integers: store weights whose last map is a quantization (``fake_quantize``, ``learned_step``, ``ternary``, ...) as
+            integers, which a DequantizeLinear node makes the same weight bit for bit: ``layer.weight``, ``layer.weight.scale``
+            and ``layer.weight.zero_point``. Up to 4 bits take int4 from opset 21 on. What stays floating-point is noted. ONNX
+            Runtime rounds the inputs of a MatMul with such a weight to 8 bits too, unless the session option
+            ``session.disable_quant_qdq`` is "1", with which the check runs; TensorRT takes symmetric grids only.
 
     Returns:
         What was written, and how far the file's outputs are from the model's.
@@ -71,8 +80,10 @@ def export_onnx(
 
     given, named = as_call(args)
     args, kwargs = given, {**named, **(kwargs or {})}
-    plain = plain_model(model)
-    return write(
+    parametrized = _parametrized(model)
+    plain = plain_model(parametrized)
+    weights, floating = integer_weights(parametrized) if integers else ({}, ())
+    report = write(
         folded_export(plain, args, kwargs, dynamic_shapes=dynamic_shapes, arithmetic=arithmetic),
         path,
         reference=plain,
@@ -85,7 +96,13 @@ def export_onnx(
         seed=seed,
         external_data=external_data,
         metadata=metadata,
+        integers=weights,
     )
+    return replace(report, notes=(*report.notes, *floating))
+
+
+def _parametrized(model: nn.Module) -> ParametrizedModule:
+    return model if isinstance(model, ParametrizedModule) else transform(model, trace="live")
 
 
 def refit_onnx(
@@ -109,7 +126,8 @@ def refit_onnx(
     """
     from fxparam.exporters.refit import refit_onnx as write
 
-    plain = plain_model(model)
+    parametrized = _parametrized(model)
+    plain = plain_model(parametrized)
     values: dict[str, Tensor] = dict(plain.state_dict())
     call = (args or (), dict(kwargs or {})) if args is not None or kwargs else known_inputs(model)
     if call is not None:
@@ -119,7 +137,7 @@ def refit_onnx(
         if any(name.startswith("hoisted.") for name in used):
             # What only fed the folded arithmetic is not in the file.
             values = {name: tensor for name, tensor in values.items() if name in used}
-    return write(path, values)
+    return write(path, values, integers=integer_weights(parametrized)[0])
 
 
 def diff(a: Model, b: Model, *, values: bool = False) -> GraphDiff:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fxparam.api.inputs import Call, Inputs, as_call
+from fxparam.api.observers import without_observers
 from fxparam.api.restore import restore
 from fxparam.api.transform import transform
 from fxparam.errors import TraceError
@@ -63,10 +64,13 @@ def known_inputs(model: nn.Module) -> Call | None:
 
 
 def plain_model(model: nn.Module, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """The model in its own classes, in eval mode, with plain parameters that do not train; a copy. LoRA layers are merged."""
+    """The model in its own classes, in eval mode, with plain parameters that do not train; a copy.
+
+    LoRA layers are merged, and calibrated fake quantization is written out.
+    """
     parametrized = model if isinstance(model, ParametrizedModule) else transform(model, trace="live")
     plain = restore(parametrized, compute_dtype=compute_dtype)
-    return peft_layers.merged(plain, compute_dtype).eval().requires_grad_(False)
+    return without_observers(peft_layers.merged(plain, compute_dtype).eval().requires_grad_(False))
 
 
 def fold_plain(
