@@ -25,7 +25,7 @@ from fxparam.catalogue._image import (
     stored,
     widened,
 )
-from fxparam.catalogue._orthogonal_maps import completed, orthonormalized, real_dtype, rotation
+from fxparam.catalogue._orthogonal_maps import completed, orthonormalized, real_dtype, rotation, rotation_rounding
 from fxparam.catalogue.orthogonal import RETRACTIONS, OrthogonalMap, check_iterations, check_rebasing, tall
 from fxparam.declaration import Entry
 from fxparam.errors import SpecError
@@ -260,7 +260,7 @@ class AlmostOrthogonalMap(Constrained):
         """Rounding of products of ``max(m, n)`` terms; storing adds noise whose norm grows like ``√m + √n``."""
         m, n = weight.shape[-2:]
         dtype = real_dtype(weight.dtype)
-        return rounding(dtype, max(m, n)) + torch.finfo(dtype).eps * (m**0.5 + n**0.5)
+        return rounding(dtype, max(m, n)) + torch.finfo(dtype).eps * (m**0.5 + n**0.5) + rotation_rounding(self.map, dtype)
 
     def invert(self, weight: Tensor) -> Tensor:
         """The diagonal from the singular values; ``left`` and ``right`` become the singular vectors.

@@ -35,6 +35,7 @@ from fxparam.catalogue._orthogonal_maps import (
     real_dtype,
     reflections,
     rotation,
+    rotation_rounding,
 )
 from fxparam.catalogue._rotations import inverse_cayley, inverse_exp
 from fxparam.declaration import Entry
@@ -196,8 +197,8 @@ class OrthogonalMap(Constrained):
         return gap
 
     def tolerance(self, weight: Tensor) -> float:
-        """The rounding of products of ``max(m, n)`` terms."""
-        return rounding(real_dtype(weight.dtype), max(weight.shape[-2:]))
+        """The rounding of products of ``max(m, n)`` terms, or of PyTorch's matrix exponential, which may be larger."""
+        return max(rounding(real_dtype(weight.dtype), max(weight.shape[-2:])), rotation_rounding(self.map, weight.dtype))
 
     def invert(self, weight: Tensor) -> Tensor:
         """The inverse of the map; of a trivialization, zero (-1 on the diagonal, as torch), and ``base`` becomes ``weight``."""

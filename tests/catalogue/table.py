@@ -87,7 +87,8 @@ def _span(counts: Iterable[int]) -> str:
 
 def _training(cases: list[Case]) -> str:
     """Whether the maps are written into the prologue's graph in training mode, or called, and why."""
-    reasons = {fxp.transform(Holder(case), {"weight": case.entry}).report.sites[0].reason or "" for case in cases} - {""}
+    some = cases[:3]
+    reasons = {fxp.transform(Holder(case), {"weight": case.entry}).report.sites[0].reason or "" for case in some} - {""}
     return "called: " + "; ".join(sorted(reasons)) if reasons else "flat"
 
 

