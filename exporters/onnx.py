@@ -29,6 +29,7 @@ from fxparam.errors import ExportError
 from fxparam.exporters import files
 from fxparam.exporters.onnx_fake_quantize import translations
 from fxparam.exporters.onnx_integers import IntegerWeight, StoredIntegers, store_integers
+from fxparam.exporters.onnx_sizes import name_sizes
 from fxparam.exporters.onnx_verify import Parity, check_parity, first_line
 from fxparam.exporters.sparsity import SPARSITY, Sparsity, as_metadata, sparse_weights
 
@@ -112,6 +113,7 @@ def export_program(
     external_data: bool | None = None,
     metadata: Mapping[str, str] | None = None,
     integers: Mapping[str, IntegerWeight] | None = None,
+    sizes: Mapping[str, str] | None = None,
 ) -> OnnxReport:
     """Write ``program`` to ``path``, after checking that the file computes what ``reference`` computes.
 
@@ -129,6 +131,7 @@ def export_program(
         external_data: weights in a second file beside it (``model.onnx.<hash>.data``); by default from 1.5 GiB on.
         metadata: entries for the file's metadata.
         integers: weights to store as integers, by the names of their initializers; see ``fxparam.exporters.onnx_integers``.
+        sizes: names of dynamic sizes, by the symbols that the program has for them.
 
     Raises:
         ExportError: an operation has no ONNX form, the file does not reproduce the model, or it cannot be written.
@@ -147,6 +150,7 @@ def export_program(
     stored, floating = store_integers(model, integers or {})
     sparsity = sparse_weights(model.graph)
     _name(model, input_names, output_names)
+    name_sizes(model, sizes or {})
     entries = ((TIED, tied), (UNUSED, unused), (SPARSITY, as_metadata(sparsity)))
     recorded = {key: json.dumps(entry) for key, entry in entries if entry}
     model.metadata_props.update(recorded | dict(metadata or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -54,7 +55,8 @@ def export_onnx(
         args: inputs to export and check with: a tuple of positional ones, or a mapping of keyword ones.
         path: the file to write.
         kwargs: keyword inputs.
-        dynamic_shapes: as for ``torch.export.export``: which sizes of which inputs vary.
+        dynamic_shapes: as for ``torch.export.export``: which sizes of which inputs vary. ``Dim("batch")`` is
+            ``batch`` in the file.
         arithmetic: whether weight arithmetic in the model's own forward becomes constants too.
         opset: the ONNX operator set, 18 to 24; default: the exporter's.
         input_names: names of the inputs in the file.
@@ -77,14 +79,16 @@ def export_onnx(
         MissingExtraError: the packages for ONNX are not installed.
     """
     from fxparam.exporters.onnx import export_program as write
+    from fxparam.exporters.onnx_sizes import size_names
 
     given, named = as_call(args)
     args, kwargs = given, {**named, **(kwargs or {})}
     parametrized = _parametrized(model)
     plain = plain_model(parametrized)
     weights, floating = integer_weights(parametrized) if integers else ({}, ())
+    program = folded_export(plain, args, kwargs, dynamic_shapes=dynamic_shapes, arithmetic=arithmetic)
     report = write(
-        folded_export(plain, args, kwargs, dynamic_shapes=dynamic_shapes, arithmetic=arithmetic),
+        program,
         path,
         reference=plain,
         args=args,
@@ -97,6 +101,7 @@ def export_onnx(
         external_data=external_data,
         metadata=metadata,
         integers=weights,
+        sizes=size_names(program, args, kwargs, dynamic_shapes, list(inspect.signature(plain.forward).parameters)),
     )
     return replace(report, notes=(*report.notes, *floating))
 
