@@ -5,7 +5,7 @@ Declare the weights, train at the speed of the plain model, ship the plain model
 
 from __future__ import annotations
 
-from fxparam.api.export import diff, export_onnx, refit_onnx
+from fxparam.api.export import diff, export_onnx, export_prologue, refit_onnx
 from fxparam.api.fold import fold
 from fxparam.api.restore import restore
 from fxparam.api.transform import transform
@@ -124,6 +124,7 @@ __all__ = [
     "doubly_stochastic",
     "existing",
     "export_onnx",
+    "export_prologue",
     "fake_quantize",
     "fixed_rank",
     "flat",

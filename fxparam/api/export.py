@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -22,13 +24,16 @@ from fxparam.graphdiff.reading import Model
 from fxparam.passes.fold import Fold
 from fxparam.program import Program, run
 from fxparam.runtime.module import ParametrizedModule
-from fxparam.spec.names import named_tensors
+from fxparam.spec.names import named_tensors, split
 from fxparam.tracer.exporting import export_program
+from fxparam.tracer.peft_layers import ORIGIN as LORA
 from fxparam.tracer.symbolic import trace_body
 
 if TYPE_CHECKING:
     from fxparam.exporters.onnx import OnnxReport
+    from fxparam.exporters.prologue import PrologueReport
     from fxparam.exporters.refit import RefitReport
+    from fxparam.runtime.report import SiteRow
 
 
 def export_onnx(
@@ -112,23 +117,39 @@ def _parametrized(model: nn.Module) -> ParametrizedModule:
 
 def refit_onnx(
     path: str | os.PathLike[str],
-    model: nn.Module,
+    model: nn.Module | None = None,
     args: tuple[Any, ...] | None = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
+    prologue: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> RefitReport:
-    """Write the model's present weights into the initializers of an exported file, without exporting again.
+    """Write new weights into the initializers of an exported file, without exporting again.
 
     Args:
         path: a file that ``export_onnx`` wrote.
-        model: the model it was written from, with other weights.
+        model: the model it was written from, with other weights. Or, where there is no model:
         args: inputs of the model; only needed if the file holds folded weight arithmetic of the model's own.
         kwargs: keyword inputs.
+        prologue: a file that ``export_prologue`` wrote, and
+        checkpoint: a ``state_dict`` of the transformed model, in a ``.safetensors`` file or one of ``torch.save``. Neither
+            needs the code of the model, and none is executed. Names that the prologue does not know are among ``ignored``.
 
     Raises:
-        ExportError: names, shapes or dtypes differ (all differences in one message), or the file is corrupt. It is untouched.
-        MissingExtraError: the packages for ONNX are not installed.
+        ExportError: names, shapes or dtypes differ (all differences in one message), or a file is corrupt. It is untouched.
+        MissingExtraError: the packages for ONNX, or safetensors, are not installed.
     """
+    if model is None and prologue is not None and checkpoint is not None and args is None and not kwargs:
+        from fxparam.exporters.prologue import refit_from_checkpoint
+
+        return refit_from_checkpoint(path, prologue, checkpoint)
+    if model is None or prologue is not None or checkpoint is not None:
+        given = {"model": model, "args": args, "kwargs": kwargs, "prologue": prologue, "checkpoint": checkpoint}
+        names = ", ".join(name for name, value in given.items() if value is not None) or "neither a model nor a prologue"
+        raise ExportError(
+            f"got {names}; type refit_onnx(path, model), or refit_onnx(path, prologue=..., checkpoint=...) with files of "
+            "export_prologue and of model.state_dict()"
+        )
     from fxparam.exporters.refit import refit_onnx as write
 
     parametrized = _parametrized(model)
@@ -143,6 +164,78 @@ def refit_onnx(
             # What only fed the folded arithmetic is not in the file.
             values = {name: tensor for name, tensor in values.items() if name in used}
     return write(path, values, integers=integer_weights(parametrized)[0])
+
+
+def export_prologue(model: nn.Module, path: str | os.PathLike[str]) -> PrologueReport:
+    """Write how the weights are computed, so that ``refit_onnx`` can make them of a checkpoint where the model's code is not.
+
+    Shapes, dtypes, options of the maps (a threshold, a bound) and tensors that no ``state_dict`` has are those of now (the
+    report lists these as ``fixed``), and the maps are in eval mode.
+
+    Args:
+        model: what ``transform`` returned. It is not changed, and keeps its mode.
+        path: the file to write. What it makes of the present ``state_dict`` is compared with the model's weights before.
+
+    Raises:
+        ExportError: a map is no graph of PyTorch's operators (the message names it and says why), or part of the state is no
+            tensor. The old file is untouched.
+    """
+    from fxparam.exporters.prologue import make_prologue, write_prologue
+
+    if not isinstance(model, ParametrizedModule):
+        raise ExportError(
+            f"got {type(model).__name__}, expected a model that fxp.transform returned; the weights of any other are in its "
+            "state_dict as they are"
+        )
+    # A copy: eval mode, and the look at the weights in it, would drop what the model has cached for its next backward.
+    frozen = copy.deepcopy(model).eval()
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        expected = plain_model(frozen).state_dict()
+        plan, rows = frozen._fxp_runtime.plan, frozen.report.sites
+    state: dict[str, Any] = frozen.state_dict()
+    slots = dict(zip(plan.sources, plan.slots, strict=True))
+    held = {name: registry[local] for name, (registry, local) in slots.items() if name not in state}
+    problems = list(_uncomputable(frozen, rows, state, held))
+    if not problems:
+        known = {**plan.component_of, **state}
+        problems = [f"{name}: neither computed nor in the state_dict" for name in expected if name not in known]
+    if problems:
+        raise ExportError(
+            f"cannot write {path}; these weights cannot be computed from a checkpoint without the model:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + "\nRefit with the model: refit_onnx(path, model)"
+        )
+    weights = {name: plan.component_of[name][1] if name in plan.component_of else name for name in expected}
+    prologue = make_prologue(plan.prologue, plan.sources, state, held, weights)
+    return write_prologue(prologue, path, expected, state)
+
+
+def _uncomputable(
+    model: ParametrizedModule, rows: Sequence[SiteRow], state: Mapping[str, Any], held: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """What of a model's weights no checkpoint and no graph gives; ``held`` is what the prologue reads and ``state`` has not."""
+    for row in rows:
+        if row.origin == LORA:
+            yield f"{', '.join(row.weights)}: a LoRA layer of PEFT, which is merged under another name"
+        elif row.layer != "graph":
+            yield f"{', '.join(row.weights)} ({row.declaration}): {row.reason or row.layer}"
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            yield f"{name}: a {type(value).__name__}, no tensor"
+    for name, tensor in held.items():
+        path, local = split(name)
+        passing = local in getattr(_module(model, path), "_non_persistent_buffers_set", ())
+        registered = local in getattr(_module(model, path), "_buffers", ())
+        if isinstance(tensor, nn.Parameter) or tensor.requires_grad or (registered and not passing):
+            # Fixed at its present value it would be silently wrong after training.
+            yield f"{name}: not in the state_dict"
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def diff(a: Model, b: Model, *, values: bool = False) -> GraphDiff:
