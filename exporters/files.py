@@ -6,9 +6,13 @@ target (``os.replace``, atomic within a directory). A reader sees the old file o
 An ONNX file with its weights beside it is two files, and no rename covers both. The weights therefore go to a name made
 of their content, ``model.onnx.<hash>.data``, which the *new* ``model.onnx`` refers to and the old one does not:
 
-1. write ``model.onnx.<hash>.data`` (the old pair is whole), 2. write and check the new ``model.onnx`` under its
-temporary name, 3. rename it onto the target (from here on the new pair is whole), 4. remove the data the old file used,
-if it bears the model's name. A crash in between leaves at worst a data file that nothing refers to.
+1. write ``model.onnx.<hash>.data``, itself under a temporary name first, for the old file uses this very name where the
+weights are the same (the old pair is whole), 2. write and check the new ``model.onnx`` under its temporary name, 3. rename it
+onto the target (from here on the new pair is whole), 4. remove the data the old file used, if it bears the model's name.
+
+A process that is killed in between leaves at worst one temporary file, ``.model.onnx[.<hash>.data].<16 hex digits>.tmp``,
+which the next write of this target removes once it is ``STALE`` seconds old, and one data file that nothing refers to. The
+latter stays: a copy of the model under another name may be what refers to it.
 """
 
 from __future__ import annotations
@@ -17,8 +21,11 @@ import contextlib
 import hashlib
 import importlib
 import os
+import re
 import secrets
+import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, TypeVar
@@ -40,6 +47,12 @@ SMALL = 256
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes a protobuf message may have."""
 
+NODE_LIMIT = 2**20
+"""Nodes a file may have with its local functions expanded: some functions that call each other twice are billions."""
+
+STALE = 24 * 3600
+"""Seconds after which a temporary file belongs to nobody: no export takes a day between writing a file and renaming it."""
+
 
 def need(*packages: str, purpose: str) -> None:
     """Check that optional packages can be imported.
@@ -58,9 +71,19 @@ def writable(path: str | os.PathLike[str]) -> Path:
     """The file that ``path`` names, links followed, after checking that a file can be written there.
 
     Raises:
-        ExportError: its folder does not exist or refuses new files, or ``path`` is a folder.
+        ExportError: its folder does not exist or refuses new files, or ``path`` is a folder or can be no file's name.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+        target.lstat()
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError as error:
+        raise ExportError(f"cannot write {path}: what stands before its last name is a file; give a folder") from error
+    except (OSError, ValueError) as error:  # too long, a NUL byte
+        raise ExportError(f"cannot write {path}: no file can be called that ({error})") from error
+    if target.is_symlink():
+        raise ExportError(f"cannot write {path}: it is a link that leads to itself; remove it first")
     if not target.parent.is_dir():
         raise ExportError(f"cannot write {path}: the folder {target.parent} does not exist; create it first")
     if target.is_dir():
@@ -89,6 +112,8 @@ def staged(target: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(target.parent)
+    with contextlib.suppress(OSError):
+        _remove_stale(target)
 
 
 def write_model(model: ir.Model, target: Path, *, external: bool, check: Callable[[Path], T]) -> tuple[T, Path | None]:
@@ -117,7 +142,7 @@ def write_model(model: ir.Model, target: Path, *, external: bool, check: Callabl
                 temporary = stack.enter_context(staged(target))
                 if data is not None:
                     _write_data(model, data)
-                _write_proto(model, temporary)
+                _write_proto(model, temporary, target)
             result = check(temporary)
             with _explained(target):
                 stack.pop_all().close()
@@ -141,17 +166,20 @@ def read_model(path: Path) -> ir.Model:
     import onnx
     import onnx_ir as ir
 
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's raises for names that are too long
         raise ExportError(f"there is no file {path}; export the model first")
     proto = _parse(path)
+    if len(proto.functions):
+        _check_functions(proto, path)
     # The locations come before the checker and the reader, which both open what the file names.
     for tensor in _proto_tensors(proto):
         _check_external(tensor, path)
     try:
         onnx.checker.check_model(os.fspath(path))
         model = ir.serde.deserialize_model(proto)
+        _check_sizes(model)
     except Exception as error:  # any error of the readers means the same here: these bytes are no model
-        raise _corrupt(path, str(error)) from error
+        raise _corrupt(path, _brief(error)) from error
     ir.external_data.set_base_dir(model.graph, path.parent)
     for value in (v for graph in model.graphs() for v in graph.initializers.values()):
         stored = value.const_value
@@ -206,10 +234,26 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _write_proto(model: ir.Model, path: Path) -> None:
+def _remove_stale(target: Path) -> None:
+    """Remove the temporary files that killed processes left beside ``target``, which go unnoticed otherwise."""
+    # The last part is of onnx_ir, which writes data into a temporary folder of its own first.
+    ours = re.compile(rf"\.?\.{re.escape(target.name)}(\.[0-9a-f]{{16}}\.data)?\.[0-9a-f]{{16}}\.tmp(\.[a-z0-9_]{{8}})?")
+    for path in target.parent.iterdir():
+        with contextlib.suppress(OSError):
+            if ours.fullmatch(path.name) and time.time() - path.lstat().st_mtime > STALE:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _write_proto(model: ir.Model, path: Path, target: Path) -> None:
     import onnx_ir as ir
 
-    payload = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    try:
+        payload = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    except Exception as error:  # names that are no text, more than 2 GiB: the reader takes what the writer does not
+        cause = error.__cause__ or error
+        raise ExportError(
+            f"cannot write {target}: its model fits no ONNX file ({_brief(cause)}); no file was changed"
+        ) from error
     with path.open("xb") as file:
         file.write(payload)
 
@@ -234,9 +278,15 @@ def _data_path(model: ir.Model, target: Path) -> Path:
 def _write_data(model: ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
-    # Small tensors stay in the file: some are shapes and axes, which ONNX's shape inference must see.
-    ir.external_data.unload_from_model(model, path.parent, path.name, size_threshold_bytes=SMALL)
-    _flush(path)
+    with staged(path) as temporary:
+        # Small tensors stay in the file: some are shapes and axes, which ONNX's shape inference must see.
+        ir.external_data.unload_from_model(model, path.parent, temporary.name, size_threshold_bytes=SMALL)
+    for value in (v for graph in model.graphs() for v in graph.initializers.values()):
+        old = value.const_value
+        if isinstance(old, ir.ExternalTensor) and old.location == temporary.name:
+            value.const_value = ir.ExternalTensor(
+                path.name, old.offset, old.length, old.dtype, shape=old.shape, name=old.name or "", base_dir=old.base_dir
+            )
 
 
 def own_data(target: Path) -> set[Path]:
@@ -249,6 +299,12 @@ def own_data(target: Path) -> set[Path]:
     except ExportError:
         return set()  # an unreadable file refers to nothing
     return {siblings[loc] for loc in (_external(t).get("location", "") for t in tensors) if loc in siblings}
+
+
+def _brief(error: BaseException, limit: int = 500) -> str:
+    """What an error says, without the whole model that some of them print."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _corrupt(path: Path, why: str) -> ExportError:
@@ -282,6 +338,47 @@ def _proto_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             stack += [attribute.g, *attribute.graphs]
 
 
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a graph, those of subgraphs included."""
+    stack = [graph]
+    while stack:
+        for node in stack.pop().node:
+            yield node
+            stack += [g for attribute in node.attribute for g in (attribute.g, *attribute.graphs)]
+
+
+def _check_functions(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse local functions that would fill the memory of whoever expands them, as shape inference does."""
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    sizes: dict[tuple[str, str, str], int] = {}
+
+    def size(graph: onnx.GraphProto | onnx.FunctionProto) -> int:
+        total = 0
+        for node in _nodes(graph):
+            key = (node.domain, node.op_type, node.overload)
+            if key in functions and key not in sizes:
+                sizes[key] = 0  # for a function that calls itself, which the checker refuses
+                sizes[key] = size(functions[key])
+            total += 1 + sizes.get(key, 0)
+        return total
+
+    try:
+        nodes = size(proto.graph)
+    except RecursionError as error:
+        raise _corrupt(path, "its functions call each other a thousand deep") from error
+    if nodes > NODE_LIMIT:
+        raise _corrupt(path, f"its functions expand to {nodes:,} nodes; expected at most {NODE_LIMIT:,}")
+
+
+def _check_sizes(model: ir.Model) -> None:
+    """Read the tensors that lie in the file itself: the checker takes some whose bytes do not fill their shape."""
+    import onnx_ir as ir
+
+    for value in (v for graph in model.graphs() for v in graph.initializers.values()):
+        if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value.numpy()
+
+
 def _external(tensor: onnx.TensorProto) -> dict[str, str]:
     """Where a tensor's data lie, ``{}`` if in the file itself."""
     import onnx
@@ -290,14 +387,29 @@ def _external(tensor: onnx.TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data} if outside else {}
 
 
+def _resolved(folder: Path, location: str) -> Path | None:
+    """The file that ``location`` names, links followed; None where it can name none."""
+    try:
+        path = (folder / location).resolve()
+        path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, links in a circle
+        return None
+    return path
+
+
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
     """Refuse external data that are missing or leave the folder of ``path``."""
     entry = _external(tensor)
     if not entry:
         return
+    # protobuf gives bytes for what is no UTF-8; readers disagree on which of two entries counts.
+    if len(entry) != len(tensor.external_data) or not all(isinstance(text, str) for text in entry.values()):
+        raise _corrupt(path, f"the place of the data of {tensor.name!r} is given twice or is no text")
     location = entry.get("location", "")
     folder = path.parent.resolve()
-    data = (folder / location).resolve()
+    data = _resolved(folder, location)
+    if data is None:
+        raise _corrupt(path, f"data of {tensor.name!r} in {location[:200]!r}, which no file can be called")
     posix, windows = PurePosixPath(location), PureWindowsPath(location)
     leaves = posix.is_absolute() or windows.drive or windows.root or ".." in (*posix.parts, *windows.parts)
     if not location or leaves or not data.is_relative_to(folder):

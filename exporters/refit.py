@@ -114,7 +114,11 @@ def _check(file: Path, check: Callable[[Path], Any] | None) -> None:
 def _state_sparsity(model: ir.Model) -> None:
     """The metadata say what is now in the file."""
     model.metadata_props.pop(SPARSITY, None)
-    if found := sparse_weights(model.graph):
+    try:
+        found = sparse_weights(model.graph)
+    except Exception:  # another exporter's graph, in which dimensions do not fit together: nothing can be said
+        return
+    if found:
         model.metadata_props[SPARSITY] = json.dumps(as_metadata(found))
 
 
@@ -184,10 +188,12 @@ def _recorded(path: Path, model: ir.Model) -> tuple[dict[str, str], list[str]]:
     texts = (model.metadata_props.get(TIED, "{}"), model.metadata_props.get(UNUSED, "[]"))
     try:
         tied, unused = map(json.loads, texts)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, numbers without end, a thousand brackets
         raise ExportError(f"{path} has metadata {TIED} or {UNUSED} that are no JSON ({error}); export it again") from error
     if not isinstance(tied, dict) or not isinstance(unused, list):
-        raise ExportError(f"{path} has metadata {TIED} = {texts[0]}, {UNUSED} = {texts[1]}; expected an object and a list")
+        raise ExportError(
+            f"{path} has metadata {TIED} = {texts[0]:.99}, {UNUSED} = {texts[1]:.99}; expected an object and a list"
+        )
     return {str(k): str(v) for k, v in tied.items()}, [str(name) for name in unused]
 
 
