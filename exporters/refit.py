@@ -41,6 +41,7 @@ class RefitReport:
         ignored: given names that the exported model does not use (the file says so), such as a batch norm's step
             counter.
         bytes: the size of both files.
+        notes: what could not be found out about the new file.
     """
 
     path: Path
@@ -50,10 +51,12 @@ class RefitReport:
     kept: tuple[str, ...]
     ignored: tuple[str, ...]
     bytes: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         counts = {"replaced": self.replaced, "unchanged": self.unchanged, "kept": self.kept, "ignored": self.ignored}
-        return f"{self.path}: " + ", ".join(f"{len(v)} {k}" for k, v in counts.items()) + f", {self.bytes:,} bytes"
+        line = f"{self.path}: " + ", ".join(f"{len(v)} {k}" for k, v in counts.items()) + f", {self.bytes:,} bytes"
+        return "\n".join([line, *(f"  note: {note}" for note in self.notes)])
 
 
 def refit_onnx(
@@ -90,8 +93,7 @@ def refit_onnx(
         stored = initializers[name].const_value
         assert stored is not None
         initializers[name].const_value = _as_ir(values[name], name, stored.dtype)
-    if replaced:
-        _state_sparsity(model)
+    notes = _state_sparsity(model) if replaced else ()
     unchanged = tuple(name for name in initializers if name in values and name not in replaced)
     kept = tuple(name for name in initializers if name not in values)
     if replaced:
@@ -100,7 +102,7 @@ def refit_onnx(
         _check(target, check)
         data = next(iter(files.own_data(target)), None)
     size = sum(file.stat().st_size for file in (target, data) if file)
-    return RefitReport(Path(path), data, tuple(replaced), unchanged, kept, tuple(ignored), size)
+    return RefitReport(Path(path), data, tuple(replaced), unchanged, kept, tuple(ignored), size, notes)
 
 
 def _check(file: Path, check: Callable[[Path], Any] | None) -> None:
@@ -111,15 +113,16 @@ def _check(file: Path, check: Callable[[Path], Any] | None) -> None:
         check(file)
 
 
-def _state_sparsity(model: ir.Model) -> None:
-    """The metadata say what is now in the file."""
+def _state_sparsity(model: ir.Model) -> tuple[str, ...]:
+    """Let the metadata say what is now in the file; a note where that cannot be told."""
     model.metadata_props.pop(SPARSITY, None)
     try:
         found = sparse_weights(model.graph)
-    except Exception:  # another exporter's graph, in which dimensions do not fit together: nothing can be said
-        return
+    except Exception as error:  # another exporter's graph, in which dimensions do not fit together
+        return (f"zeros among the weights were not counted, and {SPARSITY} is left out: {type(error).__name__}: {error}",)
     if found:
         model.metadata_props[SPARSITY] = json.dumps(as_metadata(found))
+    return ()
 
 
 def _resolve(

@@ -204,3 +204,22 @@ def test_missing_paths_and_packages_are_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(__import__("sys").modules, "onnx_ir", None)
     with pytest.raises(MissingExtraError, match=r"onnx_ir is needed to refit ONNX files .* 'fxparam\[onnx\]'"):
         refit_onnx(tmp_path / "m.onnx", {})
+
+
+def test_zeros_that_cannot_be_counted_are_noted(tmp_path: Path) -> None:
+    """A graph of another exporter, whose dimensions do not fit together."""
+    old, new = torch.zeros(4, 4), torch.eye(4)
+    nodes = [
+        onnx.helper.make_node("Transpose", ["w"], ["t"], perm=[9, 0]),
+        onnx.helper.make_node("MatMul", ["x", "t"], ["y"]),
+    ]
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 4]) for name in "xy")
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], [onnx.numpy_helper.from_array(old.numpy(), "w")])
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+    report = refit_onnx(path, {"w": new})
+    assert report.replaced == ("w",)
+    assert "note: zeros among the weights were not counted, and fxparam.sparsity is left out: IndexError" in str(report)
+    written = onnx.load(path)
+    assert not written.metadata_props
+    assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(written.graph.initializer[0]).copy()), new)
